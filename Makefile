@@ -1,0 +1,34 @@
+# make demo: the embedded default, end to end.  make test: the tests.  Both make .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+STEPS := $(shell sed -n 's/^max_steps: //p' demo.yaml)
+CHECKPOINT := outputs/demo/step_$(shell printf '%06d' $(STEPS))
+
+.PHONY: demo test lint clean
+
+demo: .venv/.installed
+	$(BIN)/python demo.py
+	$(MAKE) --no-print-directory $(CHECKPOINT)/options.yaml
+	$(BIN)/python run.py --checkpoint_path $(CHECKPOINT) --num_threads 1
+
+# Trained again only when the demo was made anew or its options changed.
+$(CHECKPOINT)/options.yaml: demo/made_by demo.yaml
+	$(BIN)/python train_vlm_parallel.py --config demo.yaml --overwrite_output_dir
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+
+.venv/.installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/.installed-dev: .venv/.installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf demo outputs/demo runs/demo

@@ -1,0 +1,141 @@
+"""Checkpoints: written whole or not at all, found again, pruned, resumed from.
+
+A checkpoint is a folder that transformers loads by itself (safetensors weights, tokenizer, image processor), with
+options.yaml and, for --resume, trainer_state.pt beside the weights.
+"""
+
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+
+from config import OptionError, TrainOptions, read_options, write_options
+from policy import Policy
+
+OPTIONS_FILE = "options.yaml"
+STATE_FILE = "trainer_state.pt"
+PROMPT_FILE = "prompt.txt"
+_NAME = re.compile(r"step_(\d+)$")
+# What a model folder holds besides weights: kept as the model's makers wrote it, so that their own loaders work.
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+                    "chat_template.jinja", "chat_template.json")
+
+
+def save_checkpoint(policy: Policy, options: TrainOptions, step: int, state: dict[str, Any]) -> Path:
+    """Write output_dir/step_N with weights, tokenizer, processor, options and trainer state; then prune old ones.
+
+    The folder appears under its name only when every file in it is on the disk.
+    """
+    final = Path(options.output_dir) / f"step_{step:06d}"
+    partial = final.with_name(final.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_model(policy, options.model_path, partial)
+    write_options(options, partial / OPTIONS_FILE)
+    if options.prompt_file:
+        shutil.copyfile(options.prompt_file, partial / PROMPT_FILE)
+    torch.save(state, partial / STATE_FILE)
+    for path in sorted(partial.iterdir()):
+        _sync(path)
+    _sync(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(final.parent)
+    prune_checkpoints(Path(options.output_dir), options.keep_last)
+    return final
+
+
+def save_model(policy: Policy, model_path: str, folder: Path) -> None:
+    """Write a folder that transformers loads: weights, config, tokenizer, processor files of model_path."""
+    policy.model.save_pretrained(folder, safe_serialization=True)
+    policy.tokenizer.save_pretrained(folder)
+    policy.image_processor.save_pretrained(folder)
+    for name in _PROCESSOR_FILES:
+        source = Path(model_path) / name
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """List the whole checkpoints of a run, oldest first."""
+    found = [(int(match.group(1)), path) for path in output_dir.glob("step_*") if (match := _NAME.match(path.name))]
+    return [path for _, path in sorted(found) if (path / STATE_FILE).is_file()]
+
+
+def prune_checkpoints(output_dir: Path, keep_last: int) -> None:
+    """Remove all but the newest keep_last checkpoints; 0 keeps all."""
+    if keep_last > 0:
+        for path in list_checkpoints(output_dir)[:-keep_last]:
+            shutil.rmtree(path)
+
+
+def find_resume(options: TrainOptions) -> Path | None:
+    """Resolve --resume: the named folder, or the newest checkpoint of output_dir for "auto"; None starts afresh.
+
+    A fresh run never mixes with the checkpoints of an earlier one: OptionError, unless --overwrite_output_dir.
+    """
+    if options.resume is None:
+        earlier = list_checkpoints(Path(options.output_dir))
+        if earlier and not options.overwrite_output_dir:
+            raise OptionError(f"--output_dir {options.output_dir} holds {len(earlier)} checkpoints of an earlier run: "
+                              "go on from them with --resume auto, name another folder, or throw them away with "
+                              "--overwrite_output_dir")
+        for path in earlier:
+            shutil.rmtree(path)
+        return None
+    if options.resume == "auto":
+        found = list_checkpoints(Path(options.output_dir))
+        if not found:
+            logger.info(f"--resume auto: no checkpoint in {options.output_dir} yet, starting from the beginning")
+        return found[-1] if found else None
+    path = Path(options.resume)
+    if not (path / STATE_FILE).is_file():
+        raise OptionError(f"--resume {path}: no checkpoint folder with a {STATE_FILE}; give one, or auto")
+    return path
+
+
+# Options that a resumed run may change freely; any other difference means other steps than without the stop.
+_FREE = {"checkpoint_path", "device", "num_threads", "image_cache_dir", "rollout_batch_size", "prompt_cache_mb",
+         "micro_batch_size", "max_bad_steps", "output_dir", "log_dir", "save_every", "keep_last", "eval_every",
+         "eval_samples", "resume", "overwrite_output_dir", "prompt_file"}
+
+
+def read_state(path: Path, options: TrainOptions) -> dict[str, Any]:
+    """Read a checkpoint's trainer state; warns of every option that differs from the run it continues."""
+    saved = read_options(path / OPTIONS_FILE)
+    free = _FREE | ({"max_steps"} if options.lr_scheduler == "constant" else set())
+    for name, before in asdict(saved).items():
+        now = getattr(options, name)
+        if before != now and name not in free:
+            logger.warning(f"--{name} is {now} now, the run being resumed had {before}: it goes on, but not as it "
+                           "would have without the stop")
+    return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+
+
+def options_of(checkpoint_path: str) -> TrainOptions | None:
+    """Read the options a checkpoint was trained with; looks beside a plain .pt file too. None when there are none.
+
+    The wording of the prompt is the copy kept in the checkpoint, wherever the original file has gone.
+    """
+    path = Path(checkpoint_path)
+    for folder in (path, path.parent):
+        if (folder / OPTIONS_FILE).is_file():
+            options = read_options(folder / OPTIONS_FILE)
+            if (folder / PROMPT_FILE).is_file():
+                options.prompt_file = str(folder / PROMPT_FILE)
+            return options
+    return None

@@ -1,0 +1,343 @@
+"""Every option, declared once: typed, grouped for --help, read from a YAML file, checked before weights load.
+
+jsonargparse does the parsing: it reads flags and YAML through the same types, keeps the names flat and imports in a
+tenth of a second. Ours are the declarations, the checks between options and the hint at the nearest right name.
+"""
+
+import difflib
+import math
+import re
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+DEFAULT_DATA_PATH = "data.xlsx"
+T = TypeVar("T")
+
+
+class OptionError(ValueError):
+    """A wrong value or combination of options; the text names the option and the way out."""
+
+
+def option(default: Any, text: str) -> Any:
+    """Declare one option: its default and the sentence that --help shows."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelOptions:
+    """Model"""
+
+    model_path: str = option("openbmb/MiniCPM-o-2_6", "folder or hub name of the policy; its frozen copy is the "
+                                                      "reference policy")
+    checkpoint_path: str | None = option(None, "start from these weights instead: a checkpoint folder or a plain "
+                                               "model_stepN.pt state dict; the reference policy stays model_path")
+    train_vision: bool = option(False, "train the vision tower and its projection too, not only the language model")
+    max_slice_nums: int | None = option(None, "slices a photo may be cut into; default: the model's own")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute; auto takes the GPU when there is one")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "compute dtype; trainable weights stay float32")
+    num_threads: int | None = option(None, "CPU threads for torch; default: torch's own choice")
+
+
+@dataclass
+class DataOptions:
+    """Data"""
+
+    data_path: str = option(DEFAULT_DATA_PATH, "the sheet, .xlsx or .csv: text, label, sku_img, spu_img_1..4, sku_id")
+    image_cache_dir: str = option("image_cache_new", "folder with the photos, named md5(address) + extension")
+    missing_photos: Literal["use_rest", "drop_row", "text_only"] = option(
+        "use_rest", "a row with missing photos: use_rest trains on those that are there and leaves the row out when "
+                    "none is; drop_row leaves it out when any is missing; text_only trains even without any")
+    eval_path: str | None = option(None, "a sheet of held-out products; instead of eval_fraction")
+    eval_fraction: float = option(0.1, "share of the products held out from data_path, chosen by a hash of the product")
+    prompt_language: Literal["zh", "en"] = option("zh", "wording of the prompt")
+    prompt_file: str | None = option(None, "your own wording: a UTF-8 text file that contains {text}")
+
+
+@dataclass
+class RolloutOptions:
+    """Rollout"""
+
+    batch_size: int = option(16, "products a step on each process")
+    group_size: int = option(12, "candidates a product")
+    max_length: int = option(64, "new tokens of a candidate, at most")
+    temperature: float = option(0.7, "sampling temperature; log-probs are taken at the same one")
+    rollout_batch_size: int = option(4, "products sampled together; more is faster and takes more memory")
+    prompt_cache_mb: int = option(512, "host memory for prepared prompts and photos, in MiB")
+
+
+@dataclass
+class LossOptions:
+    """Reward and loss"""
+
+    kl_weight: float = option(0.01, "weight of the KL term towards the reference policy; 0 leaves it out of the loss")
+    clip_eps: float = option(0.2, "the ratio is clipped to [1 - clip_eps, 1 + clip_eps]")
+    clip_eps_high: float | None = option(None, "another upper clip: 1 + clip_eps_high (clip-higher)")
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = option(
+        "grpo", "grpo: mean over the tokens of an answer, then over answers; dapo: mean over all tokens; "
+                "dr_grpo: sum over tokens divided by answers x max_length")
+    scale_advantages: bool = option(True, "divide a group's advantages by its standard deviation")
+    std_floor: float = option(0.0, "lower bound for that standard deviation, against noise blown up to full size")
+    mask_truncated: bool = option(False, "leave answers that hit max_length without a stop token out of the loss")
+
+
+@dataclass
+class OptimizerOptions:
+    """Optimizer"""
+
+    lr: float = option(5e-6, "AdamW's peak learning rate")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = option("constant", "course of the rate after the warm-up")
+    min_lr_ratio: float = option(0.0, "linear and cosine end at this share of lr")
+    warmup_steps: int = option(0, "steps in which the rate rises linearly to lr")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay, on matrices only")
+    adam_betas: tuple[float, float] = option((0.9, 0.999), "AdamW's betas")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    epochs: int = option(1, "passes over a step's buffer")
+    minibatch_size: int | None = option(None, "products an optimizer step; default: the whole buffer")
+    micro_batch_size: int = option(1, "products a forward and backward pass; changes memory and speed, not the result")
+    max_bad_steps: int = option(5, "stop after so many steps in a row with a non-finite loss or gradient")
+
+
+@dataclass
+class RunOptions:
+    """Run"""
+
+    max_steps: int = option(1000, "steps in all; one step is a rollout and its update")
+    output_dir: str = option("outputs/vlm_grpo", "checkpoints, options.yaml and train.log")
+    overwrite_output_dir: bool = option(False, "throw away the checkpoints of an earlier run in output_dir")
+    log_dir: str = option("runs/vlm_grpo_parallel", "TensorBoard logs")
+    save_every: int = option(100, "steps between checkpoints; the last step is always saved")
+    keep_last: int = option(3, "checkpoints kept, the newest; 0 keeps all")
+    eval_every: int = option(100, "steps between evaluations on held-out products; 0 for none")
+    eval_samples: int = option(1, "answers sampled a held-out product at each evaluation")
+    seed: int = option(0, "seed of the data order and of every sampled token")
+    resume: str | None = option(None, "auto: go on from the newest checkpoint in output_dir; or a checkpoint folder")
+
+
+@dataclass
+class TrainOptions(RunOptions, OptimizerOptions, LossOptions, RolloutOptions, DataOptions, ModelOptions):
+    """All options of a training run, flat."""
+
+    def check(self) -> None:
+        """Refuse values and combinations that can't work; raises OptionError naming the option."""
+        check_ranges(self, _RANGES)
+        check_prompt_file(self.prompt_file)
+        if not self.eval_path and self.eval_fraction == 0 and self.eval_every:
+            raise OptionError("--eval_every needs held-out products: give --eval_path or an --eval_fraction above 0, "
+                              "or turn it off with --eval_every 0")
+        if self.group_size < 2:
+            raise OptionError("--group_size 1 gives every candidate advantage 0, so nothing is learnt: take 2 or more")
+        if self.minibatch_size is not None and self.minibatch_size > self.batch_size:
+            raise OptionError(f"--minibatch_size {self.minibatch_size} is more than the --batch_size "
+                              f"{self.batch_size} products of a step")
+        if self.lr_scheduler == "constant" and self.min_lr_ratio:
+            raise OptionError("--min_lr_ratio needs --lr_scheduler linear or cosine")
+        if self.warmup_steps > self.max_steps:
+            raise OptionError(f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}")
+        if self.resume and self.overwrite_output_dir:
+            raise OptionError("--resume and --overwrite_output_dir contradict each other: take one")
+        check_data_path(self.data_path)
+        if self.eval_path and not Path(self.eval_path).is_file():
+            raise OptionError(f"--eval_path {self.eval_path}: no such file")
+
+
+@dataclass
+class CompareOptions:
+    """What to compare"""
+
+    model_path: str | None = option(None, "the model before; default: the one the checkpoint was trained from")
+    checkpoint_path: str = option("", "the model after: a checkpoint folder or a plain model_stepN.pt state dict")
+    data_path: str | None = option(None, "the sheet; default: the held-out products of the training run")
+    image_cache_dir: str | None = option(None, "folder with the photos; default: that of the training run")
+    rows: Literal["held_out", "all"] = option("held_out", "held_out products only, or every row of the sheet")
+    num_samples: int = option(4, "answers sampled a product with each model, at the training temperature")
+    greedy: bool = option(False, "one greedy answer a product instead of sampled ones")
+    ablate: bool = option(False, "also answer with the photos blanked and with other products' photos")
+    max_products: int | None = option(None, "look at the first so many products only")
+    eval_batch_size: int = option(8, "products answered together")
+    seed: int = option(0, "seed of the sampled answers")
+    output_dir: str | None = option(None, "where compare.xlsx and compare.json go; default: compare/ beside the "
+                                          "checkpoint")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
+    num_threads: int | None = option(None, "CPU threads for torch")
+
+    def check(self) -> None:
+        """Refuse values that can't work; raises OptionError naming the option."""
+        check_ranges(self, _RANGES)
+        if not self.checkpoint_path:
+            raise OptionError("--checkpoint_path is missing: give the checkpoint folder or model_stepN.pt to compare")
+
+
+@dataclass
+class AnswerOptions:
+    """What to answer"""
+
+    model_path: str = option("", "a model folder, hub name or checkpoint folder")
+    checkpoint_path: str | None = option(None, "weights to use instead: a checkpoint folder or model_stepN.pt")
+    text: str | None = option(None, "the product's text")
+    image: list[str] = field(default_factory=list, metadata={"help": "a photo's path; repeat for up to five"})
+    label: str | None = option(None, "the true size, if known: prints the reward")
+    data_path: str | None = option(None, "a sheet instead of one product")
+    image_cache_dir: str | None = option(None, "folder with the sheet's photos; default: as in training")
+    output_path: str | None = option(None, "the sheet to write; default: the sheet's name + .answers.xlsx")
+    sample: bool = option(False, "sample at the training temperature instead of answering greedily")
+    prompt_language: Literal["zh", "en"] | None = option(None, "wording of the prompt; default: as in training")
+    prompt_file: str | None = option(None, "your own wording; default: as in training")
+    eval_batch_size: int = option(8, "products answered together")
+    seed: int = option(0, "seed of a sampled answer")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
+    num_threads: int | None = option(None, "CPU threads for torch")
+
+    def check(self) -> None:
+        """Refuse values and combinations that can't work; raises OptionError naming the option."""
+        check_ranges(self, _RANGES)
+        check_prompt_file(self.prompt_file)
+        if not self.model_path and not self.checkpoint_path:
+            raise OptionError("--model_path is missing: give a model folder, a hub name or a checkpoint folder")
+        if (self.text is None) == (self.data_path is None):
+            raise OptionError("give either --text (with --image for each photo) or --data_path")
+        if self.data_path and (self.image or self.label):
+            raise OptionError("--image and --label go with --text; a sheet brings its own photos and labels")
+        if len(self.image) > 5:
+            raise OptionError(f"--image: {len(self.image)} photos, at most 5 a product")
+
+
+@dataclass
+class DemoOptions:
+    """What to make"""
+
+    output_dir: str = option("demo", "folder for model, sheets and photos")
+    products: int = option(800, "products to train on")
+    held_out: int = option(96, "products held out")
+    warm_up_reward: float = option(0.62, "the warm-up stops when sampled answers reach this mean reward")
+    seed: int = option(0, "seed of catalogue, model and warm-up")
+
+    def check(self) -> None:
+        """Refuse values that can't work; raises OptionError naming the option."""
+        check_ranges(self, _RANGES)
+
+
+_POSITIVE = ("group_size", "batch_size", "max_length", "temperature", "rollout_batch_size", "lr", "max_grad_norm",
+             "epochs", "minibatch_size", "micro_batch_size", "max_bad_steps", "max_steps", "save_every",
+             "eval_samples", "num_samples", "eval_batch_size", "max_products", "num_threads", "max_slice_nums",
+             "products", "held_out", "warm_up_reward")
+_NOT_NEGATIVE = ("kl_weight", "std_floor", "warmup_steps", "weight_decay", "keep_last", "eval_every", "seed",
+                 "prompt_cache_mb")
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **{name: (lambda value: value > 0, "must be above 0") for name in _POSITIVE},
+    **{name: (lambda value: value >= 0, "must be 0 or more") for name in _NOT_NEGATIVE},
+    "eval_fraction": (lambda value: 0 <= value < 1, "must be in [0, 1)"),
+    "clip_eps": (lambda value: 0 < value < 1, "must be between 0 and 1"),
+    "clip_eps_high": (lambda value: value > 0, "must be above 0"),
+    "min_lr_ratio": (lambda value: 0 <= value <= 1, "must be in [0, 1]"),
+    "adam_betas": (lambda value: all(0 <= beta < 1 for beta in value), "must be two numbers in [0, 1)"),
+}
+
+
+def check_ranges(options: Any, ranges: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
+    """Refuse the first option out of its range; raises OptionError."""
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if value is None or item.name not in ranges:
+            continue
+        holds, rule = ranges[item.name]
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(math.isfinite(number) for number in numbers) or not holds(value):
+            raise OptionError(f"--{item.name} {value}: {rule}")
+
+
+def check_data_path(data_path: str) -> None:
+    """Refuse a sheet that isn't there; with the default name the message says how to run the demo."""
+    if Path(data_path).is_file():
+        return
+    if data_path == DEFAULT_DATA_PATH:
+        raise OptionError(f"--data_path {data_path}: no such file. Give your own sheet with --data_path, or run the "
+                          "built-in demo: make demo")
+    raise OptionError(f"--data_path {data_path}: no such file")
+
+
+def check_prompt_file(prompt_file: str | None) -> None:
+    """Refuse a prompt file that can't be read or lacks the {text} marker; raises OptionError."""
+    if prompt_file is None:
+        return
+    if not Path(prompt_file).is_file():
+        raise OptionError(f"--prompt_file {prompt_file}: no such file")
+    if "{text}" not in Path(prompt_file).read_text(encoding="utf-8"):
+        raise OptionError(f"--prompt_file {prompt_file}: it must contain {{text}}, where the product's text goes")
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse's parser, with a hint at the nearest option name."""
+
+    def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
+        message = re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "(\w+)"', r"--\1", message))
+        names = [action.dest for action in self._actions]
+        for word in message.replace("'", " ").replace("=", " ").replace(",", " ").split():
+            near = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), names, n=1, cutoff=0.6)
+            unknown = "unrecognized" in message or "is not accepted" in message
+            if unknown and word.lstrip("-") not in names and near:
+                message += f"\nDid you mean --{near[0]}?"
+                break
+        self.exit(2, f"{self.prog}: {message.strip()}\nAll options: {self.prog} --help\n")
+
+
+def parse_options(options_class: type[T], description: str, argv: Sequence[str] | None = None) -> T:
+    """Read options from the command line and --config YAML files (the command line wins) and check them.
+
+    Exits with status 2 and one message when an option is unknown, of the wrong type or in a wrong combination.
+    """
+    parser = _Parser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with options; flags win")
+    groups = [base for base in reversed(options_class.__mro__) if "__dataclass_fields__" in vars(base)]
+    declared: set[str] = set()
+    for group_class in groups:
+        own = [item for item in fields(group_class) if item.name not in declared]
+        if not own:
+            continue
+        group = parser.add_argument_group(group_class.__doc__)
+        for item in own:
+            declared.add(item.name)
+            group.add_argument(f"--{item.name}", help=item.metadata["help"], **_argument_kind(item))
+    namespace = parser.parse_args(argv)
+    values = {name: tuple(value) if isinstance(value, list) and name != "image" else value
+              for name, value in vars(namespace).items() if name in declared}
+    options = options_class(**values)
+    try:
+        options.check()
+    except OptionError as problem:
+        parser.error(str(problem))
+    return options
+
+
+def _argument_kind(item: Any) -> dict[str, Any]:
+    if item.type is bool:  # --flag alone means true
+        return {"type": bool, "nargs": "?", "const": True, "default": item.default}
+    if typing.get_origin(item.type) is tuple:
+        members = typing.get_args(item.type)
+        return {"type": members[0], "nargs": len(members), "default": list(item.default)}
+    if typing.get_origin(item.type) is list:
+        return {"action": "append", "default": []}
+    return {"type": item.type, "default": item.default}
+
+
+def write_options(options: TrainOptions, path: Path) -> None:
+    """Write the resolved options as YAML that --config reads back."""
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def read_options(path: Path) -> TrainOptions:
+    """Read options that write_options wrote; unknown names (of another version) raise OptionError."""
+    plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = {item.name for item in fields(TrainOptions)}
+    unknown = sorted(set(plain) - known)
+    if unknown:
+        raise OptionError(f"{path}: options this version does not know: {', '.join(unknown)}")
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+    return TrainOptions(**plain)

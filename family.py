@@ -1,0 +1,68 @@
+"""What a model family has to say about itself, so that everything above it is written once.
+
+A new family is one file with a subclass of Family and one line in policy.FAMILIES.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+
+class ModelError(ValueError):
+    """A model that can't be loaded or used; the text says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One product's prompt, ready for the model: kept on the CPU, held once for all of the group's candidates."""
+
+    input_ids: Tensor  # (P,) long
+    photos: dict[str, Tensor] = field(default_factory=dict)  # the family's photo tensors; empty without photos
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory taken by the tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.input_ids, *self.photos.values()))
+
+
+class Family:
+    """One model family. Methods take the model, so that policy and reference policy share one instance."""
+
+    model_types: tuple[str, ...] = ()  # config.json's model_type values that belong to this family
+
+    def load(self, model_path: str, dtype: torch.dtype) -> tuple[nn.Module, Any, Any]:
+        """Load (model, tokenizer, image processor) from a folder or hub name."""
+        raise NotImplementedError
+
+    def encode_prompt(self, tokenizer: Any, image_processor: Any, text: str, photos: Sequence[Image.Image],
+                      max_slice_nums: int | None = None) -> Prompt:
+        """Turn a prompt text and its photos into ids and photo tensors, every photo in its own slices."""
+        raise NotImplementedError
+
+    def photo_features(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[Tensor | None]:
+        """Encode all photos in one vision pass: per prompt (photo tokens, hidden), or None without photos."""
+        raise NotImplementedError
+
+    def photo_positions(self, model: nn.Module, prompt: Prompt) -> Tensor:
+        """Mark the prompt positions that photo features fill: (P,) bool."""
+        raise NotImplementedError
+
+    def language_model(self, model: nn.Module) -> nn.Module:
+        """The decoder without its head: takes inputs_embeds, gives last_hidden_state."""
+        raise NotImplementedError
+
+    def head(self, model: nn.Module) -> nn.Module:
+        """The linear layer from hidden states to logits."""
+        raise NotImplementedError
+
+    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
+        """The modules that --train_vision trains: the tower and its projection into the language model."""
+        raise NotImplementedError
+
+    def never_sampled(self, model: nn.Module, tokenizer: Any) -> list[int]:
+        """Ids that stand for photos: sampled in an answer they would crash or blind the next forward pass."""
+        raise NotImplementedError

@@ -1,0 +1,124 @@
+"""All the maths of GRPO, on plain tensors: masked means, group advantages, the KL estimate, the clipped loss.
+
+Shapes: N answers (all groups of a batch), T completion tokens, G candidates of one product.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from replay_buffer import Experience
+
+LOG_RATIO_LIMIT = 20.0  # exp(20) is finite in float32; beyond it a ratio says nothing but "far away"
+
+
+def masked_mean(values: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
+    """Average over the masked-in entries; 0 where there are none. Masked-out values may be anything, even NaN."""
+    if mask is None:
+        return values.mean() if dim is None else values.mean(dim)
+    kept = torch.where(mask, values, 0.0)
+    if dim is None:
+        return kept.sum() / mask.sum().clamp(min=1)
+    return kept.sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def group_advantages(rewards: Tensor, eps: float = 1e-8, std_floor: float = 0.0, scale: bool = True) -> Tensor:
+    """Turn one group's rewards (G,) into advantages (G,): (r - mean) / (max(std, std_floor) + eps).
+
+    The standard deviation is the sample's (G - 1), as in the usual trainers; scale=False only subtracts the mean
+    (Dr. GRPO). A group of one gets 0, and so does a group without spread. DeepSeekMath, arXiv 2402.03300, eq. 21.
+    """
+    rewards = rewards.float()
+    centred = rewards - rewards.mean()
+    if len(rewards) < 2:
+        return torch.zeros_like(rewards)
+    if rewards.max() == rewards.min():  # rounding of the mean must not be blown up by 1 / eps
+        return torch.zeros_like(rewards)
+    return centred / (rewards.std().clamp(min=std_floor) + eps) if scale else centred
+
+
+def approx_kl_divergence(log_probs: Tensor, log_probs_ref: Tensor, action_mask: Tensor | None = None) -> Tensor:
+    """Estimate KL(policy || reference) per token: exp(ref - new) - (ref - new) - 1, never negative; 0 where masked.
+
+    The k3 estimator, http://joschu.net/blog/kl-approx.html
+    """
+    log_ratio = log_probs_ref.float() - log_probs.float()
+    if action_mask is not None:
+        log_ratio = torch.where(action_mask, log_ratio, 0.0)
+    log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return log_ratio.exp() - log_ratio - 1
+
+
+class VLM_GRPOLoss(nn.Module):  # the public name of the loss
+    """Clipped policy-gradient loss with a KL term towards the reference policy.
+
+    Per token: -min(ratio * A, clip(ratio, 1 - clip_eps, 1 + clip_eps_high) * A) + kl_weight * kl, then
+    loss_type "grpo": masked mean over an answer's tokens, mean over answers (arXiv 2402.03300);
+    "dapo": mean over all tokens (arXiv 2503.14476); "dr_grpo": sum / (answers * max_length) (arXiv 2503.20783).
+    """
+
+    def __init__(self, clip_eps: float, kl_weight: float, clip_eps_high: float | None = None, loss_type: str = "grpo",
+                 max_length: int | None = None, mask_truncated: bool = False):
+        super().__init__()
+        if loss_type not in ("grpo", "dapo", "dr_grpo"):
+            raise ValueError(f"loss_type {loss_type!r}: take grpo, dapo or dr_grpo")
+        if loss_type == "dr_grpo" and not max_length:
+            raise ValueError("loss_type dr_grpo divides by max_length: give it")
+        self.clip_eps = clip_eps
+        self.clip_eps_high = clip_eps if clip_eps_high is None else clip_eps_high
+        self.kl_weight = kl_weight
+        self.loss_type = loss_type
+        self.max_length = max_length
+        self.mask_truncated = mask_truncated
+        self.metrics: dict[str, Tensor] = {}
+
+    def mask(self, experience: Experience) -> Tensor:
+        """The tokens that count, (N, T) bool: the action mask, without truncated answers if they are left out."""
+        if not self.mask_truncated or experience.truncated is None:
+            return experience.action_mask
+        return experience.action_mask & ~experience.truncated[:, None]
+
+    def size(self, experience: Experience) -> Tensor:
+        """What the loss is a mean over: answers, or tokens for dapo. Weighs micro-batches of one minibatch."""
+        mask = self.mask(experience)
+        return mask.sum() if self.loss_type == "dapo" else mask.any(1).sum()
+
+    def forward(self, log_probs: Tensor, experience: Experience, entropy: Tensor | None = None
+                ) -> tuple[Tensor, Tensor]:
+        """Return (loss, mean kl over real tokens); leaves ratio, clip_fraction, entropy and kl in self.metrics.
+
+        log_probs: (N, T) with gradient. entropy: (N, T), only averaged; without it -log_probs stands in, which has
+        the same mean for tokens that the policy sampled.
+        """
+        mask = self.mask(experience)
+        log_probs = torch.where(mask, log_probs.float(), 0.0)
+        old_log_probs = torch.where(mask, experience.action_log_probs.float(), 0.0)
+        advantages = experience.advantages.float().reshape(-1, 1)  # (N, 1)
+
+        ratio = (log_probs - old_log_probs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()  # (N, T)
+        clipped = ratio.clamp(1 - self.clip_eps, 1 + self.clip_eps_high)
+        per_token = -torch.min(ratio * advantages, clipped * advantages)  # (N, T)
+        kl = torch.zeros_like(log_probs)
+        if experience.log_probs_ref is not None:
+            kl = approx_kl_divergence(log_probs, experience.log_probs_ref, mask)  # (N, T)
+            per_token = per_token + self.kl_weight * kl
+
+        mean_kl = masked_mean(kl, mask)
+        with torch.no_grad():
+            bound = ((ratio > 1 + self.clip_eps_high) & (advantages > 0)) | \
+                    ((ratio < 1 - self.clip_eps) & (advantages < 0))
+            self.metrics = {
+                "kl_divergence": mean_kl.detach(),
+                "ratio": masked_mean(ratio, mask),
+                "clip_fraction": masked_mean(bound.float(), mask),
+                "entropy": masked_mean(-log_probs if entropy is None else entropy, mask),
+            }
+        return self._mean(per_token, mask), mean_kl
+
+    def _mean(self, per_token: Tensor, mask: Tensor) -> Tensor:
+        if self.loss_type == "dapo":
+            return masked_mean(per_token, mask)
+        answers = mask.any(1)  # (N,)
+        if self.loss_type == "dr_grpo":
+            sums = torch.where(mask, per_token, 0.0).sum(1)
+            return masked_mean(sums, answers) / self.max_length
+        return masked_mean(masked_mean(per_token, mask, dim=1), answers)

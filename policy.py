@@ -1,0 +1,323 @@
+"""The policy and its reference: load, embed a prompt once, sample a group, score a group.
+
+Device and dtype are handled here and nowhere else. Weights that train are float32; with --dtype bfloat16 the matrix
+products run under autocast. Dropout is never active (eval mode), so sampling and scoring see the same network.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+
+from family import Family, ModelError, Prompt
+from family_minicpm_v46 import MiniCPMV46
+
+FAMILIES: tuple[Family, ...] = (MiniCPMV46(),)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Sampled answers of B products, G rows each, in product order."""
+
+    completions: Tensor  # (B * G, T) ids as sampled; behind the stop token undefined
+    action_mask: Tensor  # (B * G, T) bool: up to and including the stop token
+    old_log_probs: Tensor  # (B * G, T) float32 at the sampling temperature; 0 where masked
+    truncated: Tensor  # (B * G,) bool: no stop token within T
+
+
+class Policy:
+    """A model with its tokenizer and image processor, behind the operations that GRPO needs."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any, dtype: torch.dtype = torch.float32,
+                 max_slice_nums: int | None = None):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.family = family_of(model.config.model_type)
+        self.dtype = dtype
+        self.max_slice_nums = max_slice_nums
+        self.device = next(model.parameters()).device
+        self._language_model = self.family.language_model(model)
+        self._head = self.family.head(model)
+        self._embed_tokens = self._language_model.get_input_embeddings()
+        self._banned = torch.tensor(self.family.never_sampled(model, tokenizer), device=self.device)
+        self._stops = torch.tensor(stop_token_ids(model, tokenizer), device=self.device)
+
+    def autocast(self) -> torch.autocast:
+        """The compute dtype's context; keep one open around a whole loop, it caches the cast weights."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def encode_prompt(self, text: str, photos: Sequence[Any]) -> Prompt:
+        """Prepare a prompt text and its photos (CPU tensors)."""
+        return self.family.encode_prompt(self.tokenizer, self.image_processor, text, photos, self.max_slice_nums)
+
+    def photo_features(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
+        """Encode the photos of some prompts: per prompt (photo tokens, hidden), or None without photos."""
+        with self.autocast():
+            return self.family.photo_features(self.model, prompts)
+
+    def sample(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], uniforms: Tensor,
+               temperature: float | None) -> Generation:
+        """Sample G answers a prompt from one prefill, top_p 1, top_k 0, no repetition penalty.
+
+        uniforms: (B * G, T) float64 in [0, 1), one number a token: the whole randomness, so that a product's answers
+        depend neither on the products beside it nor on the device. temperature None answers greedily.
+        """
+        with torch.no_grad(), self.autocast():
+            return self._sample(prompts, features, uniforms.to(self.device), temperature)
+
+    def _sample(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], uniforms: Tensor,
+                temperature: float | None) -> Generation:
+        rows, max_length = uniforms.shape
+        group_size = rows // len(prompts)
+        inputs, prompt_mask = self._embed(prompts, features)  # (B, P, d), (B, P)
+        positions = _positions(prompt_mask)  # (B, P)
+        out = self._language_model(inputs_embeds=inputs, attention_mask=_needed(prompt_mask), position_ids=positions,
+                                   use_cache=True)
+        cache = out.past_key_values
+        if cache is None or cache.get_seq_length() != inputs.shape[1]:
+            raise ModelError(f"{type(self._language_model).__name__} returned no cache of the prompt's length")
+        widen = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)  # (B * G,)
+        cache.reorder_cache(widen)
+        hidden = out.last_hidden_state[:, -1].index_select(0, widen)  # (B * G, d)
+        next_position = positions[:, -1:].index_select(0, widen)  # (B * G, 1)
+        padded = _needed(prompt_mask) is not None
+        mask = torch.cat([prompt_mask.index_select(0, widen), prompt_mask.new_ones(rows, max_length)], 1)
+
+        completions = torch.empty(rows, max_length, dtype=torch.long, device=self.device)
+        log_probs = torch.empty(rows, max_length, device=self.device)
+        stopped = torch.zeros(rows, dtype=torch.bool, device=self.device)
+        look_every = 1 if self.device.type == "cpu" else 8  # asking whether all have stopped waits for the GPU
+        for step in range(max_length):
+            step_log_probs = self._token_log_probs(hidden, temperature)  # (B * G, V)
+            token = _inverse_cdf(step_log_probs, uniforms[:, step:step + 1]) if temperature else \
+                step_log_probs.argmax(-1, keepdim=True)  # (B * G, 1)
+            completions[:, step] = token[:, 0]
+            log_probs[:, step] = step_log_probs.gather(1, token)[:, 0]
+            stopped |= torch.isin(token[:, 0], self._stops)
+            if step + 1 == max_length or (step % look_every == 0 and bool(stopped.all())):
+                break
+            next_position = next_position + 1
+            seen = mask[:, :inputs.shape[1] + step + 1] if padded else None
+            out = self._language_model(inputs_embeds=self._embed_tokens(token), attention_mask=seen,
+                                       position_ids=next_position, past_key_values=cache, use_cache=True)
+            hidden = out.last_hidden_state[:, -1]
+
+        completions, log_probs = completions[:, :step + 1], log_probs[:, :step + 1]
+        is_stop = torch.isin(completions, self._stops)
+        action_mask = is_stop.cumsum(1) - is_stop.long() == 0  # nothing stopped before this token
+        return Generation(completions, action_mask, log_probs.masked_fill(~action_mask, 0.0), ~is_stop.any(1))
+
+    def log_probs(self, prompts: Sequence[Prompt], completions: Tensor, action_mask: Tensor, temperature: float,
+                  features: Sequence[Tensor | None] | None = None) -> tuple[Tensor, Tensor]:
+        """Score answers: log-probs of the tokens taken, and the entropy at each token without gradient.
+
+        completions, action_mask: (B * G, T), G rows a prompt in order. Returns two (B * G, T) float32, 0 where masked.
+        features: reuse encoded photos; None encodes them here, with gradient where the vision trains.
+        """
+        with self.autocast():
+            if features is None:
+                features = self.family.photo_features(self.model, prompts)
+            prompt_inputs, prompt_mask = self._embed(prompts, features)  # (B, P, d), (B, P)
+            group_size = len(completions) // len(prompts)
+            inputs = torch.cat([prompt_inputs.repeat_interleave(group_size, 0),
+                                self._embed_tokens(completions).to(prompt_inputs.dtype)], 1)  # (B * G, P + T, d)
+            answers_seen = torch.ones_like(action_mask)  # behind a stop token nothing is read: causal, and masked below
+            mask = torch.cat([prompt_mask.repeat_interleave(group_size, 0), answers_seen], 1)  # (B * G, P + T)
+            hidden = self._language_model(inputs_embeds=inputs, attention_mask=_needed(mask),
+                                          position_ids=_positions(mask), use_cache=False).last_hidden_state
+            first = prompt_mask.shape[1] - 1  # the prompt's last token predicts the answer's first
+            hidden = hidden[:, first:-1][action_mask]  # (tokens, d)
+            taken_log_probs, entropy = self._score(hidden, completions[action_mask], temperature)
+        zeros = torch.zeros(action_mask.shape, device=self.device)
+        return (zeros.masked_scatter(action_mask, taken_log_probs), zeros.masked_scatter(action_mask, entropy))
+
+    def _score(self, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        log_probs = self._token_log_probs(hidden, temperature)  # (tokens, V)
+        with torch.no_grad():
+            entropy = torch.special.entr(log_probs.exp()).sum(-1)  # (tokens,)
+        return log_probs.gather(1, tokens[:, None])[:, 0], entropy
+
+    def _token_log_probs(self, hidden: Tensor, temperature: float | None) -> Tensor:
+        """Log-probs over the vocabulary in float32, photo markers excluded: sampling and scoring both use this."""
+        logits = self._head(hidden).float() / (temperature or 1.0)  # (n, V)
+        return logits.index_fill(-1, self._banned, -torch.inf).log_softmax(-1)
+
+    def _embed(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Embed prompts, photos in place, padded on the left: (B, P, d) and mask (B, P) bool."""
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        rows, mask = [], torch.zeros(len(prompts), longest, dtype=torch.bool)
+        for index, (prompt, photo) in enumerate(zip(prompts, features, strict=True)):
+            row = self._embed_tokens(prompt.input_ids.to(self.device))  # (P_i, d)
+            if photo is not None:
+                at = self.family.photo_positions(self.model, prompt).to(self.device)
+                row = row.masked_scatter(at[:, None], photo.to(row.dtype))
+            rows.append(nn.functional.pad(row, (0, 0, longest - len(row), 0)))
+            mask[index, longest - len(prompt.input_ids):] = True
+        return torch.stack(rows), mask.to(self.device)
+
+    def answers(self, completions: Tensor, action_mask: Tensor) -> list[str]:
+        """Decode answers for people and for the reward; the ids themselves are never made from these strings."""
+        return [self.tokenizer.decode(row[mask], skip_special_tokens=True)
+                for row, mask in zip(completions.cpu(), action_mask.cpu(), strict=True)]
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _needed(mask: Tensor) -> Tensor | None:
+    """A mask without padding is left out: the kernels then take their fast causal path."""
+    return None if bool(mask.all()) else mask
+
+
+def _inverse_cdf(log_probs: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one token a row: the first whose cumulative probability exceeds the uniform number; (n, 1)."""
+    cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
+    # Scaled by the total, the target stays below it, so a token of probability 0 is never the first above.
+    # The clamp only meets rows of NaN: those are reported by the caller, not crashed on.
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=log_probs.shape[-1] - 1)
+
+
+def family_of(model_type: str) -> Family:
+    """Find the family of a config.json's model_type; raises ModelError naming the known ones."""
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    raise ModelError(f"model_type {model_type!r} is of no family this program knows; known: {known}")
+
+
+def stop_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """The ids that end an answer: the tokenizer's and the generation config's end, and <|im_end|>, <|endoftext|>."""
+    ids = {tokenizer.eos_token_id}
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids.update(configured if isinstance(configured, list) else [configured])
+    vocabulary = tokenizer.get_vocab()
+    ids.update(vocabulary.get(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    ids.discard(None)
+    if not ids:
+        raise ModelError("the tokenizer names no end-of-text token, so no answer could ever stop")
+    return sorted(ids)
+
+
+def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any, Any]:
+    """Load (model, tokenizer, image processor) from a folder or hub name, whatever its family.
+
+    Raises ModelError naming the path, and the known families when it is of none.
+    """
+    from transformers import PretrainedConfig
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    looks_local = model_path.startswith((".", "/", "~")) or model_path.count("/") != 1
+    if looks_local and not (Path(model_path) / "config.json").is_file():
+        raise ModelError(f"--model_path {model_path}: no folder with a config.json there")
+    try:
+        model_type = PretrainedConfig.get_config_dict(model_path)[0].get("model_type", "")
+        if not model_type:
+            raise ModelError(f"--model_path {model_path}: no folder with a model's config.json there, and not to be "
+                             "had from the hub")
+        return family_of(model_type).load(model_path, dtype)
+    except OSError as problem:
+        raise ModelError(f"--model_path {model_path}: {problem}") from problem
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load weights in place from a checkpoint folder (safetensors) or a plain model_stepN.pt state dict.
+
+    Raises ModelError when the file can't be read or does not fit the model, naming the first tensors that differ.
+    """
+    state = _read_weights(Path(path))
+    own = model.state_dict()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    wrong = [name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape]
+    missing = [name for name in own if name not in state and name not in tied]
+    if wrong or missing:
+        raise ModelError(f"{path}: these weights are of another model; not in it or of another shape: {wrong[:3]}, "
+                         f"missing: {missing[:3]}")
+    model.load_state_dict(state, strict=False)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ModelError(f"{path}: no .safetensors file in this folder")
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    if not path.is_file():
+        raise ModelError(f"{path}: no such checkpoint folder or .pt file")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def choose_device(name: str) -> torch.device:
+    """Resolve --device; raises ModelError when a GPU is asked for and none is there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("--device cuda: no GPU is visible here; take --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Switch every gradient off: the reference policy."""
+    return model.requires_grad_(False)
+
+
+def set_trainable(policy: Policy, train_vision: bool) -> list[nn.Parameter]:
+    """Let the language model train, and the vision with train_vision; returns the trainable parameters.
+
+    They are float32 whatever the compute dtype: an update of 1e-6 relative size vanishes in bfloat16.
+    """
+    policy.model.requires_grad_(True)
+    for module in policy.family.vision_modules(policy.model):
+        module.requires_grad_(train_vision)
+    parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters
+
+
+def parameter_parts(policy: Policy) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Group the model's parameters by the part a person thinks in: vision, embeddings, each kind of layer, head."""
+    vision = {id(parameter) for module in policy.family.vision_modules(policy.model)
+              for parameter in module.parameters()}
+    parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in policy.model.named_parameters():
+        words = [word for word in name.split(".")[:-1] if word not in ("model", "layers")]
+        if id(parameter) in vision:
+            part = "vision: " + words[0]
+        else:
+            words = [word for word in words if not word.isdigit()]
+            part = "language: " + (".".join(words[:2]) if len(words) > 1 else words[0])
+        parts.setdefault(part, []).append((name, parameter))
+    return parts
+
+
+def parameter_table(policy: Policy) -> str:
+    """Say how many parameters of each part train."""
+    lines = [f"{'part':<44}{'parameters':>14}{'trainable':>14}"]
+    total = trainable = 0
+    for part, named in parameter_parts(policy).items():
+        count = sum(parameter.numel() for _, parameter in named)
+        trains = sum(parameter.numel() for _, parameter in named if parameter.requires_grad)
+        total, trainable = total + count, trainable + trains
+        lines.append(f"{part:<44}{count:>14,}{trains:>14,}")
+    return "\n".join([*lines, f"{'all':<44}{total:>14,}{trainable:>14,}"])
+
+
+def warn_without_gradient(policy: Policy) -> list[str]:
+    """Warn of each part that should train but got no gradient; call it after the first backward pass."""
+    silent = [part for part, named in parameter_parts(policy).items()
+              if any(parameter.requires_grad for _, parameter in named)
+              and not any(parameter.grad is not None and bool(parameter.grad.any()) for _, parameter in named)]
+    for part in silent:
+        logger.warning(f"{part} should train but got no gradient at the first step; it stays as it is")
+    return silent

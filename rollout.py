@@ -1,0 +1,159 @@
+"""One product -> one group: photos encoded and prompt prefilled once, G answers sampled, rewards attached.
+
+Nothing here invents an answer: a product that can't be rolled out becomes a RolloutFailure with its row.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data import PhotoError, Sample, load_photos
+from family import Prompt
+from policy import Generation, Policy
+from prompts import build_prompt
+from reward import RewardParts, score_answer
+
+
+@dataclass
+class Group:
+    """The candidates of one product. G answers, T completion tokens."""
+
+    sample: Sample | None
+    prompt: Prompt
+    features: Tensor | None  # encoded photos (photo tokens, hidden)
+    completions: Tensor  # (G, T) ids as sampled
+    action_mask: Tensor  # (G, T) bool, the stop token included
+    old_log_probs: Tensor  # (G, T) at the sampling temperature
+    truncated: Tensor  # (G,) bool
+    answers: list[str]
+    rewards: list[RewardParts]
+
+
+@dataclass(frozen=True)
+class RolloutFailure:
+    """A product that gave no group, and why."""
+
+    sample: Sample
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.sample.sheet} row {self.sample.row} ({self.sample.product_id}): {self.reason}"
+
+
+class PromptEncoder:
+    """Turn samples into prompts, keeping recent ones: least recently used go first beyond cache_mb."""
+
+    def __init__(self, policy: Policy, language: str = "zh", template: str | None = None, cache_mb: int = 512,
+                 open_photos: Callable[[Sample], list[Image.Image]] = load_photos):
+        self.policy = policy
+        self.language = language
+        self.template = template
+        self.open_photos = open_photos
+        self._limit = cache_mb * 2 ** 20
+        self._held: OrderedDict[tuple[str, int], Prompt] = OrderedDict()
+        self._bytes = 0
+
+    def encode(self, sample: Sample) -> Prompt:
+        """Prepare one product's prompt; raises PhotoError naming the row when a photo can't be read."""
+        key = (sample.sheet, sample.row)
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        prompt = self.encode_parts(sample.text, self.open_photos(sample))
+        self._held[key] = prompt
+        self._bytes += prompt.num_bytes
+        while self._bytes > self._limit:
+            self._bytes -= self._held.popitem(last=False)[1].num_bytes
+        return prompt
+
+    def encode_parts(self, text: str, photos: Sequence[Any]) -> Prompt:
+        """Prepare a prompt from a text and opened photos."""
+        return self.policy.encode_prompt(build_prompt(text, photos, self.language, self.template), photos)
+
+
+def rollout(model: Any, tokenizer: Any, image_processor: Any, text: str, images: Sequence[Any], ground_truth: Any,
+            num_rollouts: int = 12, temperature: float = 0.7, max_length: int = 64, seed: int = 0,
+            language: str = "zh") -> Group:
+    """Sample a group of answers to one product and score them against its label.
+
+    images: zero to five PIL images. ground_truth: a label as in the sheet, or sizes in cm.
+    """
+    policy = Policy(model, tokenizer, image_processor)
+    prompt = PromptEncoder(policy, language).encode_parts(text, images)
+    uniforms = draw_uniforms(f"{seed}", num_rollouts, max_length)
+    with torch.no_grad():
+        features = policy.photo_features([prompt])
+    generation = policy.sample([prompt], features, uniforms, temperature)
+    return _cut_groups(policy, [None], [prompt], features, generation, [ground_truth])[0]
+
+
+def rollout_groups(encoder: PromptEncoder, samples: Sequence[Sample], group_size: int, temperature: float | None,
+                   max_length: int, seed: str, rollout_batch_size: int) -> tuple[list[Group], list[RolloutFailure]]:
+    """Sample one group for each product, rollout_batch_size products at a time, in the order of `samples`.
+
+    temperature None answers greedily. seed: with the row it decides every token, whatever products are sampled
+    together. Products whose photos can't be read, whose sampling runs out of memory or whose log-probs are not
+    finite come back as failures.
+    """
+    failures, prompts = [], {}
+    for index, sample in enumerate(samples):
+        try:
+            prompts[index] = encoder.encode(sample)
+        except PhotoError as problem:
+            failures.append(RolloutFailure(sample, str(problem)))
+    groups: dict[int, Group] = {}
+    by_length = sorted(prompts, key=lambda index: len(prompts[index].input_ids))  # little padding, few masks
+    for start in range(0, len(by_length), rollout_batch_size):
+        chunk = by_length[start:start + rollout_batch_size]
+        try:
+            sampled = _sample_groups(encoder.policy, [samples[index] for index in chunk],
+                                     [prompts[index] for index in chunk], group_size, temperature, max_length, seed)
+        except torch.OutOfMemoryError:
+            failures += [RolloutFailure(samples[index], f"out of memory while sampling {len(chunk)} products x "
+                                                        f"{group_size} answers; lower --rollout_batch_size")
+                         for index in chunk]
+            continue
+        for index, group in zip(chunk, sampled, strict=True):
+            if bool(torch.isfinite(group.old_log_probs).all()):
+                groups[index] = group
+            else:
+                failures.append(RolloutFailure(samples[index], "the policy's log-probs are not finite"))
+    return [groups[index] for index in sorted(groups)], failures
+
+
+def _sample_groups(policy: Policy, samples: Sequence[Sample], prompts: Sequence[Prompt], group_size: int,
+                   temperature: float | None, max_length: int, seed: str) -> list[Group]:
+    with torch.no_grad():
+        features = policy.photo_features(prompts)
+    uniforms = torch.cat([draw_uniforms(f"{seed}/{sample.sheet}/{sample.row}", group_size, max_length)
+                          for sample in samples])  # (B * G, T)
+    generation = policy.sample(prompts, features, uniforms, temperature)
+    return _cut_groups(policy, samples, prompts, features, generation, [sample.label for sample in samples])
+
+
+def _cut_groups(policy: Policy, samples: Sequence[Sample | None], prompts: Sequence[Prompt],
+                features: Sequence[Tensor | None], generation: Generation, labels: Sequence[Any]) -> list[Group]:
+    """Cut a batch of answers into groups, each as wide as its longest answer, and score the answers."""
+    answers = policy.answers(generation.completions, generation.action_mask)
+    group_size = len(answers) // len(prompts)
+    groups = []
+    for index, (sample, prompt, label) in enumerate(zip(samples, prompts, labels, strict=True)):
+        rows = slice(index * group_size, (index + 1) * group_size)
+        mask = generation.action_mask[rows]
+        columns = int(mask.sum(1).max())
+        groups.append(Group(sample, prompt, features[index], generation.completions[rows, :columns],
+                            mask[:, :columns], generation.old_log_probs[rows, :columns], generation.truncated[rows],
+                            answers[rows], [score_answer(answer, label) for answer in answers[rows]]))
+    return groups
+
+
+def draw_uniforms(seed: str, rows: int, columns: int) -> Tensor:
+    """Draw the random numbers of one group, (rows, columns) float64 in [0, 1): a pure function of the seed string."""
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1
+    return torch.rand(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(number))

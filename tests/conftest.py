@@ -1,0 +1,124 @@
+"""Tiny models from real transformers configs, built offline; shared by the tests."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+
+import demo  # noqa: E402
+from policy import Policy  # noqa: E402
+
+
+def tiny_model(tokenizer, layer_types):
+    """A MiniCPM-V-4.6 of a few thousand parameters; linear_attention layers make it a hybrid as the real one is."""
+    from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = {"model_type": "qwen3_5_text", "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": len(layer_types), "layer_types": layer_types, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "max_position_embeddings": 2048,
+            "tie_word_embeddings": True, "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0,
+                                "mrope_section": [2, 1, 1]}}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 64, "patch_size": 16}
+    model = MiniCPMV4_6ForConditionalGeneration(MiniCPMV4_6Config(
+        text_config=text, vision_config=vision, insert_layer_id=0, image_size=64, downsample_mode="4x",
+        image_token_id=tokenizer.image_token_id, video_token_id=tokenizer.video_token_id, tie_word_embeddings=True))
+    for weight in model.parameters():  # random weights as given make nearly uniform answers; these don't
+        if weight.dim() >= 2:
+            torch.nn.init.normal_(weight, std=0.15)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The demo's tokenizer."""
+    return demo.make_tokenizer(seed=0)
+
+
+@pytest.fixture(scope="session")
+def image_processor():
+    """A processor that slices: photos above 64 x 64 pixels get an overview and up to four slices."""
+    from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
+
+    return MiniCPMV4_6ImageProcessorPil(max_slice_nums=4, scale_resolution=64, patch_size=16, downsample_mode="4x",
+                                        use_image_id=True)
+
+
+@pytest.fixture(params=["dense", "hybrid"])
+def policy(request, tokenizer, image_processor):
+    """A tiny policy of each kind of text model."""
+    kinds = {"dense": ["full_attention"] * 2,
+             "hybrid": ["linear_attention", "linear_attention", "linear_attention", "full_attention"]}
+    return Policy(tiny_model(tokenizer, kinds[request.param]), tokenizer, image_processor)
+
+
+@pytest.fixture
+def dense_policy(tokenizer, image_processor):
+    """A tiny policy with attention layers only."""
+    return Policy(tiny_model(tokenizer, ["full_attention"] * 2), tokenizer, image_processor)
+
+
+def noise_photo(seed, size=(64, 64)):
+    """A photo of noise: no two alike."""
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
+
+
+def write_shop(folder, tokenizer, image_processor):
+    """A model folder, a sheet with photos (eight good rows, one unlabelled, one without its photo) and prompt.txt."""
+    from data import cached_photo_path
+    from report import write_sheet
+
+    model = tiny_model(tokenizer, ["linear_attention", "full_attention"])
+    for part in (model, tokenizer, image_processor):
+        part.save_pretrained(folder / "model")
+    (folder / "photos").mkdir()
+    rows = []
+    for index in range(10):
+        address = f"https://shop.invalid/{index}.png"
+        if index != 9:
+            noise_photo(index, (96, 64)).save(cached_photo_path(address, folder / "photos"))
+        rows.append({"sku_id": f"00{index}", "text": f"box {index}", "sku_img": "" if index == 3 else address,
+                     "label": "" if index == 8 else f"{index + 1} 8 15"})
+    write_sheet(folder / "data.xlsx", {"products": rows})
+    (folder / "prompt.txt").write_text("{text}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory, tokenizer, image_processor):
+    """See write_shop; read only."""
+    return write_shop(tmp_path_factory.mktemp("shop"), tokenizer, image_processor)
+
+
+def train_options(shop, output, **changes):
+    """Options of a run of a few seconds on the shop."""
+    from config import TrainOptions
+
+    settings = dict(model_path=str(shop / "model"), data_path=str(shop / "data.xlsx"),
+                    image_cache_dir=str(shop / "photos"), prompt_file=str(shop / "prompt.txt"),
+                    output_dir=str(output / "run"), log_dir=str(output / "logs"), device="cpu", batch_size=3,
+                    group_size=4, max_length=8, temperature=1.0, lr=1e-3, max_steps=3, eval_fraction=0.3, eval_every=2,
+                    save_every=2, num_threads=1)
+    return TrainOptions(**{**settings, **changes})
+
+
+def as_flags(options):
+    """The command line that gives these options."""
+    from dataclasses import asdict
+
+    flags = []
+    for name, value in asdict(options).items():
+        if value is not None:
+            flags += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value).lower()
+                                     if isinstance(value, bool) else str(value)])]
+    return flags

@@ -1,0 +1,103 @@
+"""Each command line as a user meets it: a process of its own."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import as_flags, train_options
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(script, *argv, cwd=None):
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, argv)], capture_output=True, text=True,
+                          cwd=cwd, timeout=300)
+
+
+@pytest.mark.parametrize("script", ["train_vlm_parallel.py", "run.py", "test_model.py", "demo.py"])
+def test_help_answers_before_torch_is_imported(script):
+    best = min(timed_help(script) for _ in range(3))
+    assert best < 2, "help should not wait for torch"
+
+
+def timed_help(script):
+    begin = time.perf_counter()
+    done = run(script, "--help")
+    assert done.returncode == 0 and "usage" in done.stdout
+    return time.perf_counter() - begin
+
+
+def test_without_any_option_the_demo_is_named(tmp_path):
+    done = run("train_vlm_parallel.py", cwd=tmp_path)
+    assert done.returncode == 2 and "make demo" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(shop, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained")
+    options = train_options(shop, output, eval_fraction=0.5)
+    done = run("train_vlm_parallel.py", *as_flags(options))
+    assert done.returncode == 0, done.stderr
+    assert "step 3/3 | reward" in done.stderr
+    assert "step 3/3 | reward" in (output / "run" / "train.log").read_text()
+    return output / "run" / "step_000003"
+
+
+def test_run_compares_before_and_after(trained):
+    done = run("run.py", "--checkpoint_path", trained, "--num_samples", 2, "--ablate", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "mean reward" in done.stdout and "photos blanked" in done.stdout and "improved" in done.stdout
+    report = json.loads((trained.parent / "compare" / "compare.json").read_text())
+    assert set(report["summary"]) == {"before", "after", "photos blanked", "other products' photos"}
+    assert report["settings"]["temperature"] == 1.0
+    products = report["products"]
+    mean = sum(sum(line["rewards_after"]) for line in products) / sum(len(line["rewards_after"]) for line in products)
+    assert report["summary"]["after"]["mean_reward"] == pytest.approx(mean)
+    sheet = pd.read_excel(trained.parent / "compare" / "compare.xlsx", sheet_name="products")
+    assert sheet["row"].tolist() == [line["row"] for line in products]
+
+
+def test_run_on_all_rows_and_from_a_state_dict(trained, shop, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    torch.save(load_file(trained / "model.safetensors"), trained.parent / "model_step3.pt")
+    done = run("run.py", "--checkpoint_path", trained.parent / "model_step3.pt", "--rows", "all", "--greedy",
+               "--output_dir", tmp_path, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "compare.json").read_text())["products"]) == 8
+
+
+def test_model_answers_one_product(trained, shop):
+    photos = sorted((shop / "photos").iterdir())
+    done = run("test_model.py", "--model_path", trained, "--text", "box 1", "--image", photos[0], "--image", photos[1],
+               "--label", "12 8 15", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "answer:" in done.stdout and "reward:" in done.stdout
+
+
+def test_model_answers_a_sheet(trained, shop, tmp_path):
+    done = run("test_model.py", "--model_path", trained, "--data_path", shop / "data.xlsx", "--output_path",
+               tmp_path / "out.xlsx", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "9 products answered" in done.stdout  # the unlabelled one too
+    answers = pd.read_excel(tmp_path / "out.xlsx", sheet_name="answers")
+    assert answers["row"].tolist() == list(range(2, 11))
+    problems = pd.read_excel(tmp_path / "out.xlsx", sheet_name="problems")
+    assert 11 in problems["row"].tolist()
+
+
+@pytest.mark.parametrize(("script", "argv", "said"), [
+    ("test_model.py", ["--model_path", "nowhere", "--text", "x"], "--model_path nowhere"),
+    ("test_model.py", ["--model_path", "{trained}", "--text", "x", "--image", "gone.png"], "--image gone.png"),
+    ("test_model.py", ["--model_path", "{trained}", "--text", "x", "--label", "huge"], "--label"),
+    ("run.py", ["--checkpoint_path", "{trained}/nothing"], "nothing"),
+    ("run.py", ["--checkpoint_path", "{trained}", "--data_path", "gone.xlsx"], "gone.xlsx"),
+])
+def test_mistakes_end_with_one_message(trained, script, argv, said):
+    done = run(script, *[word.replace("{trained}", str(trained)) for word in argv])
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

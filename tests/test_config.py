@@ -1,0 +1,115 @@
+"""Options: read from flags and YAML, refused early with the nearest right name."""
+
+import pytest
+
+from config import AnswerOptions, CompareOptions, TrainOptions, parse_options, read_options, write_options
+
+
+@pytest.fixture
+def sheet(tmp_path, monkeypatch):
+    (tmp_path / "data.xlsx").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def parse(*argv, kind=TrainOptions):
+    return parse_options(kind, "test", argv)
+
+
+def refusal(capsys, *argv, kind=TrainOptions):
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv, kind=kind)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_defaults_are_the_documented_ones(sheet):
+    options = parse()
+    assert (options.model_path, options.data_path, options.image_cache_dir) == \
+        ("openbmb/MiniCPM-o-2_6", "data.xlsx", "image_cache_new")
+    assert (options.output_dir, options.log_dir) == ("outputs/vlm_grpo", "runs/vlm_grpo_parallel")
+    assert (options.batch_size, options.group_size, options.lr, options.kl_weight) == (16, 12, 5e-6, 0.01)
+    assert (options.clip_eps, options.max_length, options.temperature, options.max_grad_norm) == (0.2, 64, 0.7, 1.0)
+    assert options.train_vision is False
+
+
+def test_the_command_line_wins_over_the_file(sheet):
+    (sheet / "run.yaml").write_text("lr: 3e-5\nbatch_size: 4\nadam_betas: [0.8, 0.9]\ntrain_vision: true\n")
+    options = parse("--config", "run.yaml", "--batch_size", "5")
+    assert (options.lr, options.batch_size, options.adam_betas, options.train_vision) == (3e-5, 5, (0.8, 0.9), True)
+
+
+def test_flags_and_pairs(sheet):
+    assert parse("--train_vision").train_vision is True
+    assert parse("--train_vision", "false").train_vision is False
+    assert parse("--adam_betas", "0.5", "0.6").adam_betas == (0.5, 0.6)
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["--batchsize", "3"], "Did you mean --batch_size?"),
+    (["--learning_rate", "3"], "unrecognized arguments: --learning_rate"),
+    (["--batch_siz", "3"], "Did you mean --batch_size?"),
+    (["--lr", "fast"], "--lr:\n  Expected a float. Got value: fast"),
+    (["--batch_size", "2.5"], "batch_size"),
+    (["--lr", "nan"], "--lr:"),
+    (["--lr", "0"], "--lr 0.0: must be above 0"),
+    (["--lr_scheduler", "step"], "constant"),
+    (["--temperature", "0"], "--temperature 0.0: must be above 0"),
+    (["--clip_eps", "1.5"], "--clip_eps"),
+    (["--adam_betas", "0.9", "1"], "--adam_betas"),
+    (["--eval_fraction", "1"], "--eval_fraction"),
+    (["--eval_fraction", "0"], "--eval_path"),
+    (["--group_size", "1"], "advantage 0"),
+    (["--minibatch_size", "17"], "--batch_size 16"),
+    (["--min_lr_ratio", "0.1"], "--lr_scheduler linear or cosine"),
+    (["--warmup_steps", "10", "--max_steps", "5"], "--max_steps 5"),
+    (["--data_path", "other.xlsx"], "other.xlsx: no such file"),
+    (["--prompt_file", "none.txt"], "none.txt: no such file"),
+    (["--eval_path", "none.xlsx"], "none.xlsx: no such file"),
+    (["--resume", "auto", "--overwrite_output_dir"], "contradict"),
+])
+def test_wrong_options_are_refused(sheet, capsys, argv, said):
+    assert said in refusal(capsys, *argv)
+
+
+def test_wrong_names_in_the_file_are_refused(sheet, capsys):
+    (sheet / "run.yaml").write_text("groupsize: 4\n")
+    message = refusal(capsys, "--config", "run.yaml")
+    assert "groupsize" in message and "Did you mean --group_size?" in message
+
+
+def test_the_missing_default_sheet_points_at_the_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "make demo" in refusal(capsys)
+
+
+def test_a_prompt_file_without_the_marker_is_refused(sheet, capsys):
+    (sheet / "prompt.txt").write_text("How large is it?")
+    assert "{text}" in refusal(capsys, "--prompt_file", "prompt.txt")
+
+
+def test_options_survive_writing(sheet):
+    options = parse("--adam_betas", "0.5", "0.6", "--minibatch_size", "4", "--prompt_language", "en")
+    write_options(options, sheet / "options.yaml")
+    assert read_options(sheet / "options.yaml") == options
+    assert parse("--config", "options.yaml") == options
+
+
+def test_compare_and_answer_options(sheet, capsys):
+    assert "--checkpoint_path is missing" in refusal(capsys, kind=CompareOptions)
+    assert "--model_path is missing" in refusal(capsys, "--text", "x", kind=AnswerOptions)
+    assert "either --text" in refusal(capsys, "--model_path", "m", kind=AnswerOptions)
+    assert "--image and --label" in refusal(capsys, "--model_path", "m", "--data_path", "data.xlsx", "--image", "a",
+                                            kind=AnswerOptions)
+    assert parse("--model_path", "m", "--text", "x", "--image", "a", "--image", "b", kind=AnswerOptions).image == \
+        ["a", "b"]
+
+
+def test_every_option_says_what_it_is(sheet, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for group in ("Model", "Data", "Rollout", "Reward and loss", "Optimizer", "Run"):
+        assert f"\n{group}:" in text
+    assert "--kl_weight" in text and "default: 0.01" in text

@@ -1,0 +1,175 @@
+"""Every formula against numbers worked by hand."""
+
+import math
+
+import pytest
+import torch
+
+from loss import VLM_GRPOLoss, approx_kl_divergence, group_advantages, masked_mean
+from replay_buffer import Experience
+
+
+def experience(old, advantages, mask, ref=None, truncated=None):
+    old = torch.tensor(old)
+    mask = torch.tensor(mask)
+    return Experience(sequences=torch.zeros(len(mask), mask.shape[1] + 1, dtype=torch.long), action_log_probs=old,
+                      log_probs_ref=None if ref is None else torch.tensor(ref),
+                      returns=torch.zeros(len(mask)), advantages=torch.tensor(advantages),
+                      attention_mask=torch.ones(len(mask), mask.shape[1] + 1, dtype=torch.bool), action_mask=mask,
+                      truncated=None if truncated is None else torch.tensor(truncated))
+
+
+LOG = math.log
+
+
+def test_masked_mean():
+    values = torch.tensor([[1.0, 2.0, 30.0], [5.0, float("nan"), float("inf")]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert masked_mean(values, mask) == pytest.approx(8 / 3)
+    assert masked_mean(values, mask, dim=1).tolist() == [1.5, 5.0]
+    assert masked_mean(values, torch.zeros_like(mask)) == 0
+    assert masked_mean(values[:1], None) == 11
+
+
+def test_group_advantages():
+    # mean 0.5, deviations -0.3, -0.1, 0.1, 0.3: sample variance 0.2 / 3
+    std = math.sqrt(0.2 / 3)
+    rewards = torch.tensor([0.2, 0.4, 0.6, 0.8])
+    expected = [-0.3 / std, -0.1 / std, 0.1 / std, 0.3 / std]
+    assert group_advantages(rewards).tolist() == pytest.approx(expected, rel=1e-5)
+    assert group_advantages(rewards, std_floor=0.6).tolist() == pytest.approx([-0.5, -1 / 6, 1 / 6, 0.5], rel=1e-5)
+    assert group_advantages(rewards, std_floor=0.1).tolist() == pytest.approx(expected, rel=1e-5)
+    assert group_advantages(rewards, scale=False).tolist() == pytest.approx([-0.3, -0.1, 0.1, 0.3], rel=1e-5)
+    assert group_advantages(rewards, eps=1.0).tolist() == pytest.approx([x * std / (std + 1) for x in expected],
+                                                                        rel=1e-5)
+
+
+def test_groups_without_spread_get_zero():
+    assert group_advantages(torch.tensor([0.7])).tolist() == [0.0]
+    assert group_advantages(torch.tensor([0.7] * 12)).tolist() == [0.0] * 12  # 0.7's mean rounds: noise / 1e-8 else
+
+
+def test_kl_estimate():
+    # k3 with ratio ref / new = 2: 2 - ln 2 - 1; with 1/2: 1/2 + ln 2 - 1; equal: 0
+    new = torch.tensor([[LOG(0.2), LOG(0.4), LOG(0.3)]])
+    ref = torch.tensor([[LOG(0.4), LOG(0.2), LOG(0.3)]])
+    assert approx_kl_divergence(new, ref)[0].tolist() == pytest.approx([1 - LOG(2), LOG(2) - 0.5, 0], abs=1e-6)
+    mask = torch.tensor([[True, False, False]])
+    assert approx_kl_divergence(new, ref, mask)[0].tolist() == pytest.approx([1 - LOG(2), 0, 0], abs=1e-6)
+    far = approx_kl_divergence(torch.tensor([[-1e4]]), torch.tensor([[0.0]]))
+    assert torch.isfinite(far).all() and far == pytest.approx(math.exp(20) - 21, rel=1e-5)
+
+
+# Two answers. First, two tokens, A = 2: ratios 1.5 (clipped to 1.2) and 0.5. Second, one token, A = -1: ratio 0.5
+# (clipped to 0.8). Per token: -2.4 | -1.0 | max(0.5, 0.8) = 0.8.
+OLD = [[LOG(0.2), LOG(0.4), 0.0], [LOG(0.4), 0.0, 0.0]]
+NEW = [[LOG(0.3), LOG(0.2), 0.0], [LOG(0.2), 0.0, 0.0]]
+MASK = [[True, True, False], [True, False, False]]
+ADVANTAGES = [2.0, -1.0]
+
+
+@pytest.mark.parametrize(("loss_type", "expected"), [
+    ("grpo", ((-2.4 - 1.0) / 2 + 0.8) / 2), ("dapo", (-2.4 - 1.0 + 0.8) / 3),
+    ("dr_grpo", ((-2.4 - 1.0) + 0.8) / 2 / 10)])
+def test_clipped_loss(loss_type, expected):
+    objective = VLM_GRPOLoss(0.2, 0.0, loss_type=loss_type, max_length=10)
+    loss, kl = objective(torch.tensor(NEW), experience(OLD, ADVANTAGES, MASK))
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert kl == 0
+    assert float(objective.metrics["ratio"]) == pytest.approx((1.5 + 0.5 + 0.5) / 3, rel=1e-5)
+    assert float(objective.metrics["clip_fraction"]) == pytest.approx(2 / 3)
+    entropy = torch.tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]])
+    objective(torch.tensor(NEW), experience(OLD, ADVANTAGES, MASK), entropy)
+    assert float(objective.metrics["entropy"]) == pytest.approx(3.0)
+
+
+def test_upper_clip_of_its_own():
+    loss, _ = VLM_GRPOLoss(0.2, 0.0, clip_eps_high=0.4)(torch.tensor(NEW), experience(OLD, ADVANTAGES, MASK))
+    assert float(loss) == pytest.approx(((-2.8 - 1.0) / 2 + 0.8) / 2, rel=1e-5)
+
+
+def test_kl_term_and_its_mean_over_real_tokens():
+    ref = [[LOG(0.6), LOG(0.2), 9.0], [LOG(0.1), 9.0, 9.0]]  # ref / new = 2, 1, 1/2
+    kls = [1 - LOG(2), 0.0, LOG(2) - 0.5]
+    loss, kl = VLM_GRPOLoss(0.2, 0.1)(torch.tensor(NEW), experience(OLD, ADVANTAGES, MASK, ref))
+    assert float(kl) == pytest.approx(sum(kls) / 3, rel=1e-5)
+    expected = ((-2.4 - 1.0) / 2 + 0.8) / 2 + 0.1 * ((kls[0] + kls[1]) / 2 + kls[2]) / 2
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_truncated_answers_can_be_left_out():
+    objective = VLM_GRPOLoss(0.2, 0.0, mask_truncated=True)
+    loss, _ = objective(torch.tensor(NEW), experience(OLD, ADVANTAGES, MASK, truncated=[False, True]))
+    assert float(loss) == pytest.approx((-2.4 - 1.0) / 2, rel=1e-5)
+    nothing, _ = objective(torch.tensor(NEW), experience(OLD, ADVANTAGES, MASK, truncated=[True, True]))
+    assert nothing == 0
+    kept, _ = VLM_GRPOLoss(0.2, 0.0)(torch.tensor(NEW), experience(OLD, ADVANTAGES, MASK, truncated=[True, True]))
+    assert float(kept) == pytest.approx(((-2.4 - 1.0) / 2 + 0.8) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -1e9])
+def test_masked_garbage_and_more_padding_change_nothing(loss_type, garbage):
+    objective = VLM_GRPOLoss(0.2, 0.1, loss_type=loss_type, max_length=10)
+    ref = [[LOG(0.6), LOG(0.2), 0.0], [LOG(0.1), 0.0, 0.0]]
+
+    def run(pad, fill):
+        def widen(rows, value):
+            return [[x if keep else value for x, keep in zip(row, mask, strict=True)] + [value] * pad
+                    for row, mask in zip(rows, MASK, strict=True)]
+        new = torch.tensor(widen(NEW, fill), requires_grad=True)
+        mask = [row + [False] * pad for row in MASK]
+        loss, kl = objective(new, experience(widen(OLD, fill), ADVANTAGES, mask, widen(ref, fill)))
+        loss.backward()
+        return float(loss.detach()), float(kl.detach()), new.grad
+
+    clean, dirty = run(0, 0.0), run(4, garbage)
+    assert dirty[:2] == pytest.approx(clean[:2], rel=1e-6)
+    assert torch.equal(dirty[2][:, :3], clean[2])
+    assert (dirty[2][:, 3:] == 0).all()
+
+
+def test_an_answer_of_only_the_stop_token_is_finite():
+    new = torch.tensor([[LOG(0.5)]], requires_grad=True)
+    loss, kl = VLM_GRPOLoss(0.2, 0.1)(new, experience([[LOG(0.5)]], [1.0], [[True]], [[LOG(0.25)]]))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(kl) and torch.isfinite(new.grad).all()
+
+
+def test_on_policy_gradient_is_reinforce():
+    new = torch.tensor(OLD, requires_grad=True)
+    VLM_GRPOLoss(0.2, 0.0)(new, experience(OLD, ADVANTAGES, MASK))[0].backward()
+    again = torch.tensor(OLD, requires_grad=True)
+    mask = torch.tensor(MASK)
+    reinforce = -(again * torch.tensor(ADVANTAGES)[:, None] * mask / mask.sum(1, keepdim=True)).sum() / len(mask)
+    reinforce.backward()
+    assert torch.allclose(new.grad, again.grad)
+
+
+def test_log_ratios_are_clamped():
+    new = torch.tensor([[100.0]], requires_grad=True)
+    loss, _ = VLM_GRPOLoss(0.2, 0.0)(new, experience([[-100.0]], [-1.0], [[True]]))
+    assert float(loss.detach()) == pytest.approx(math.exp(20), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_micro_batches_weighed_by_size_give_the_whole_loss(loss_type):
+    objective = VLM_GRPOLoss(0.2, 0.0, loss_type=loss_type, max_length=10)
+    whole = experience(OLD, ADVANTAGES, MASK)
+    rows = [experience(OLD[i:i + 1], ADVANTAGES[i:i + 1], MASK[i:i + 1]) for i in range(2)]
+    total = sum(objective.size(row) for row in rows)
+    parts = sum(objective(torch.tensor(NEW[i:i + 1]), row)[0] * objective.size(row) / total
+                for i, row in enumerate(rows))
+    assert float(parts) == pytest.approx(float(objective(torch.tensor(NEW), whole)[0]), rel=1e-6)
+
+
+def test_half_precision_inputs_are_computed_in_float32():
+    loss, kl = VLM_GRPOLoss(0.2, 0.1)(torch.tensor(NEW).bfloat16(), experience(OLD, ADVANTAGES, MASK, NEW))
+    assert loss.dtype == kl.dtype == torch.float32
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(ValueError, match="grpo, dapo or dr_grpo"):
+        VLM_GRPOLoss(0.2, 0.0, loss_type="ppo")
+    with pytest.raises(ValueError, match="max_length"):
+        VLM_GRPOLoss(0.2, 0.0, loss_type="dr_grpo")

@@ -1,0 +1,93 @@
+"""One product -> one group; what fails is named and never trains."""
+
+import torch
+from conftest import noise_photo
+
+from data import Sample
+from rollout import PromptEncoder, draw_uniforms, rollout, rollout_groups
+
+
+def sample_of(tmp_path, row, text="box", photos=1, label=(12.0, 8.0, 15.0)):
+    paths = []
+    for index in range(photos):
+        paths.append(tmp_path / f"{row}_{index}.png")
+        noise_photo(row * 10 + index).save(paths[-1])
+    return Sample(row=row, product_id=f"p{row}", text=text, label=label, photos=tuple(paths), sheet="sheet.xlsx")
+
+
+def groups_of(policy, samples, batch, seed="0/0", size=4):
+    return rollout_groups(PromptEncoder(policy), samples, size, 0.7, 8, seed, batch)
+
+
+def test_public_rollout_scores_a_group_of_twelve(dense_policy):
+    group = rollout(dense_policy.model, dense_policy.tokenizer, dense_policy.image_processor, "a mug",
+                    [noise_photo(1), noise_photo(2)], "12 8 15")
+    assert len(group.answers) == len(group.rewards) == len(group.completions) == 12
+    assert all(0 <= part.reward <= 1 for part in group.rewards)
+    assert group.action_mask.shape == group.old_log_probs.shape == group.completions.shape
+    assert (group.old_log_probs[group.action_mask] < 0).all()
+    assert len(set(group.answers)) > 1
+
+
+def test_photos_reach_the_model_and_none_is_fine(dense_policy):
+    args = dense_policy.model, dense_policy.tokenizer, dense_policy.image_processor, "a mug"
+    with_photos = rollout(*args, [noise_photo(1), noise_photo(2)], "12 8 15")
+    other_photos = rollout(*args, [noise_photo(3), noise_photo(4)], "12 8 15")
+    without = rollout(*args, [], "12 8 15")
+    assert with_photos.features is not None and without.features is None
+    assert len(with_photos.prompt.input_ids) == len(other_photos.prompt.input_ids) > len(without.prompt.input_ids)
+    assert with_photos.answers != other_photos.answers != without.answers
+
+
+def test_answers_depend_on_seed_and_row_not_on_the_batch(policy, tmp_path):
+    samples = [sample_of(tmp_path, row, text="box " * row, photos=row % 3) for row in range(2, 7)]
+    one_by_one, _ = groups_of(policy, samples, batch=1)
+    together, failures = groups_of(policy, samples, batch=5)
+    other_seed, _ = groups_of(policy, samples, batch=5, seed="0/1")
+    assert not failures
+    assert [group.sample.row for group in together] == [2, 3, 4, 5, 6]
+    assert [group.answers for group in together] == [group.answers for group in one_by_one]
+    assert [group.answers for group in together] != [group.answers for group in other_seed]
+
+
+def test_an_unreadable_photo_fails_its_product_only(dense_policy, tmp_path):
+    samples = [sample_of(tmp_path, row) for row in (2, 3, 4)]
+    samples[1].photos[0].write_bytes(b"<html>not a photo</html>")
+    groups, failures = groups_of(dense_policy, samples, batch=3)
+    assert [group.sample.row for group in groups] == [2, 4]
+    assert len(failures) == 1 and "sheet.xlsx row 3 (p3)" in str(failures[0])
+
+
+def test_non_finite_log_probs_are_a_failure_not_an_answer(dense_policy, tmp_path):
+    with torch.no_grad():
+        dense_policy._language_model.norm.weight.fill_(float("nan"))
+    groups, failures = groups_of(dense_policy, [sample_of(tmp_path, 2)], batch=1)
+    assert groups == [] and "not finite" in str(failures[0])
+
+
+def test_running_out_of_memory_names_the_option(dense_policy, tmp_path, monkeypatch):
+    def explode(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(dense_policy, "sample", explode)
+    groups, failures = groups_of(dense_policy, [sample_of(tmp_path, 2), sample_of(tmp_path, 3)], batch=2)
+    assert groups == [] and len(failures) == 2 and "--rollout_batch_size" in str(failures[0])
+
+
+def test_prompt_cache_is_bounded_and_gives_the_same_prompt(dense_policy, tmp_path):
+    samples = [sample_of(tmp_path, row) for row in range(2, 8)]
+    one = PromptEncoder(dense_policy).encode(samples[0]).num_bytes
+    encoder = PromptEncoder(dense_policy, cache_mb=1)
+    encoder._limit = 3 * one
+    first = encoder.encode(samples[0])
+    assert encoder.encode(samples[0]) is first
+    for sample in samples:
+        encoder.encode(sample)
+    assert encoder._bytes <= 3 * one and len(encoder._held) <= 3
+    again = encoder.encode(samples[0])
+    assert again is not first and torch.equal(again.photos["pixel_values"], first.photos["pixel_values"])
+
+
+def test_uniform_numbers_are_a_pure_function_of_the_seed():
+    assert torch.equal(draw_uniforms("1/2/sheet/3", 12, 64), draw_uniforms("1/2/sheet/3", 12, 64))
+    assert not torch.equal(draw_uniforms("1/2/sheet/3", 12, 64), draw_uniforms("1/2/sheet/4", 12, 64))
+    assert draw_uniforms("x", 12, 64).dtype == torch.float64

@@ -1,0 +1,281 @@
+"""The loop: first ratio 1, resume bit for bit, non-finite steps skipped, rows named, tags logged, checkpoints load."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import as_flags, train_options
+from loguru import logger
+from safetensors.torch import load_file
+
+import train_vlm_parallel as training
+from checkpoint import list_checkpoints, options_of
+from config import OptionError, TrainOptions
+from data import DataError
+from loss import VLM_GRPOLoss
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def said():
+    """Every log line of the test."""
+    lines = []
+    sink = logger.add(lambda line: lines.append(str(line)), format="{level} {message}")
+    yield lines
+    logger.remove(sink)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def tags(log_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(log_dir))
+    events.Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_a_run_trains_logs_and_saves(shop, tmp_path, said):
+    options = train_options(shop, tmp_path)
+    final = training.train(options)
+    text = "".join(said)
+    assert "row 10" in text and "row 11" in text  # the unlabelled one, and the one without its photo
+    assert "what trains" in text
+    curves = tags(options.log_dir)
+    for name in ("total_loss", "kl_divergence", "grad_norm", "returns", "success_rate", "valid_rate",
+                 "zero_variance_share", "entropy", "ratio", "clip_fraction", "answer_length", "lr", "seconds/rollout",
+                 "seconds/reference", "seconds/update"):
+        assert [step for step, _ in curves[name]] == [1, 2, 3], name
+        assert all(math.isfinite(value) for _, value in curves[name])
+    assert [step for step, _ in curves["held_out/mean_reward"]] == [0, 2, 3]
+    assert curves["ratio"][0][1] == pytest.approx(1, abs=1e-4)
+    assert curves["kl_divergence"][0][1] == pytest.approx(0, abs=1e-6)
+    assert curves["log_prob_gap"][0][1] < 1e-4
+    assert [path.name for path in list_checkpoints(Path(options.output_dir))] == ["step_000002", "step_000003"]
+    assert options_of(str(final)).lr == options.lr
+    assert options_of(str(final)).prompt_file == str(final / "prompt.txt")
+    before, after = weights(shop / "model"), weights(final)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any("vision_tower" in name or "merger" in name for name in moved)
+
+
+def test_train_vision_moves_the_tower(shop, tmp_path):
+    final = training.train(train_options(shop, tmp_path, train_vision=True, max_steps=1, eval_every=0))
+    before, after = weights(shop / "model"), weights(final)
+    assert any("vision_tower" in name for name in before if not torch.equal(before[name], after[name]))
+
+
+def test_micro_batches_and_shared_features_do_not_change_the_result(shop, tmp_path):
+    base = train_options(shop, tmp_path, max_steps=2, eval_every=0)
+    results = []
+    for name, changes in {"whole": {"micro_batch_size": 3}, "single": {"micro_batch_size": 1},
+                          "rollouts": {"rollout_batch_size": 1}}.items():
+        folder = training.train(replace(base, output_dir=str(tmp_path / name), **changes))
+        results.append(weights(folder))
+    for other in results[1:]:
+        assert max(float((results[0][name] - other[name]).abs().max()) for name in other) < 1e-5
+
+
+def test_minibatches_and_epochs_take_their_optimizer_steps(shop, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: steps.append(1))
+    training.train(train_options(shop, tmp_path, max_steps=1, eval_every=0, batch_size=5, minibatch_size=2, epochs=3))
+    assert len(steps) == 3 * 3
+
+
+def test_killed_and_resumed_equals_uninterrupted(shop, tmp_path):
+    settings = dict(max_steps=40, save_every=5, keep_last=0, eval_every=0, lr_scheduler="linear", min_lr_ratio=0.1)
+    whole = training.train(train_options(shop, tmp_path / "whole", **settings))
+    options = train_options(shop, tmp_path / "killed", **settings)
+    command = [sys.executable, str(ROOT / "train_vlm_parallel.py"), *as_flags(options)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(Path(options.output_dir)) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    found = list_checkpoints(Path(options.output_dir))
+    assert found and found[-1].name != "step_000040", "killed too early or too late to show anything"
+    resumed = training.train(replace(options, resume="auto"))
+    assert resumed.name == whole.name == "step_000040"
+    one, other = weights(whole), weights(resumed)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    state, other_state = (torch.load(path / "trainer_state.pt", weights_only=True) for path in (whole, resumed))
+    for key, value in state["optimizer"]["state"].items():
+        assert all(torch.equal(value[name], other_state["optimizer"]["state"][key][name]) for name in value)
+
+
+def test_a_finished_run_says_so(shop, tmp_path, said):
+    options = train_options(shop, tmp_path, max_steps=1, eval_every=0)
+    final = training.train(options)
+    assert training.train(replace(options, resume="auto")) == final
+    assert "nothing left to do" in "".join(said)
+
+
+def test_resuming_with_other_options_warns(shop, tmp_path, said):
+    options = train_options(shop, tmp_path, max_steps=1, eval_every=0)
+    training.train(options)
+    training.train(replace(options, resume="auto", max_steps=2, lr=5e-4))
+    text = "".join(said)
+    assert "--lr is 0.0005 now, the run being resumed had 0.001" in text and "--max_steps is" not in text
+
+
+def test_a_fresh_run_does_not_mix_with_an_earlier_one(shop, tmp_path):
+    options = train_options(shop, tmp_path, max_steps=2, eval_every=0)
+    training.train(options)
+    with pytest.raises(OptionError, match="--overwrite_output_dir"):
+        training.train(replace(options, max_steps=1))
+    final = training.train(replace(options, max_steps=1, overwrite_output_dir=True))
+    assert list_checkpoints(Path(options.output_dir)) == [final]
+
+
+def test_resume_without_a_checkpoint(shop, tmp_path, said):
+    training.train(train_options(shop, tmp_path, max_steps=1, eval_every=0, resume="auto"))
+    assert "no checkpoint in" in "".join(said)
+    with pytest.raises(OptionError, match="trainer_state.pt"):
+        training.train(train_options(shop, tmp_path, resume=str(tmp_path)))
+
+
+def test_old_checkpoints_are_pruned(shop, tmp_path):
+    options = train_options(shop, tmp_path, max_steps=5, save_every=1, keep_last=2, eval_every=0)
+    training.train(options)
+    assert [path.name for path in list_checkpoints(Path(options.output_dir))] == ["step_000004", "step_000005"]
+    assert not list(Path(options.output_dir).glob("*.partial"))
+
+
+class NaNLoss(VLM_GRPOLoss):
+    """The loss, spoilt."""
+
+    def forward(self, log_probs, experience, entropy=None):
+        loss, kl = super().forward(log_probs, experience, entropy)
+        return loss * float("nan"), kl
+
+
+def test_non_finite_steps_change_nothing_are_named_and_stop_the_run(shop, tmp_path, said, monkeypatch):
+    monkeypatch.setattr(training, "VLM_GRPOLoss", NaNLoss)
+    options = train_options(shop, tmp_path, max_steps=9, save_every=1, max_bad_steps=3, eval_every=0)
+    with pytest.raises(training.BadRun, match="3 steps in a row"):
+        training.train(options)
+    text = "".join(said)
+    assert text.count("skipped, weights unchanged") == 3 and "data.xlsx row" in text
+    assert [value for _, value in tags(options.log_dir)["skipped_minibatches"]] == [1, 1, 1]
+    saved, before = weights(list_checkpoints(Path(options.output_dir))[-1]), weights(shop / "model")
+    assert all(torch.equal(saved[name], before[name]) for name in before)
+
+
+def test_a_non_finite_gradient_is_skipped_too(shop, tmp_path, monkeypatch):
+    options = train_options(shop, tmp_path, eval_every=0)
+    run, buffer = one_step(options)
+    before = [parameter.detach().clone() for parameter in run.parameters]
+    run.parameters[0].register_hook(lambda grad: grad * float("inf"))
+    assert training.update(run, buffer, options, step=0) == {"skipped_minibatches": 1}
+    assert all(torch.equal(one, other) for one, other in zip(before, run.parameters, strict=True))
+
+
+def one_step(options, advantages=None):
+    """A prepared run and the buffer of one rollout; the tiny model's answers are worthless, so advantages are set."""
+    run = training.prepare(replace(options, eval_every=0, kl_weight=0.0))
+    groups, _ = training.rollout_groups(run.encoder, run.products[:3], 4, 1.0, 8, "0/0", 3)
+    buffer = training.fill_buffer(groups, run, options)
+    for item in buffer.items:
+        item.advantages = torch.tensor(advantages or [1.5, -0.5, -0.5, -0.5])
+    return run, buffer
+
+
+def test_an_update_makes_the_better_answers_likelier(shop, tmp_path):
+    options = train_options(shop, tmp_path, eval_every=0, lr=1e-3, epochs=4)
+    run, buffer = one_step(options)
+
+    def likelihood():
+        with torch.no_grad():
+            return torch.stack([run.policy.log_probs(item.prompts, item.completions, item.action_mask, 1.0)[0].sum(1)
+                                for item in buffer.items])  # (B, G)
+
+    before = likelihood()
+    training.update(run, buffer, options, step=0)
+    change = likelihood() - before
+    assert (change[:, 0] > change[:, 1:].mean(1)).all()
+
+
+def test_bfloat16_starts_from_ratio_one_and_keeps_small_updates(shop, tmp_path):
+    options = train_options(shop, tmp_path, eval_every=0, dtype="bfloat16", lr=1e-6)
+    run, buffer = one_step(options)
+    before = [parameter.detach().clone() for parameter in run.parameters]
+    metrics = training.update(run, buffer, options, step=0)
+    assert metrics["ratio"] == 1 and metrics["log_prob_gap"] > 0
+    changes = [(one, other) for one, other in zip(before, run.parameters, strict=True) if not torch.equal(one, other)]
+    assert len(changes) > 0.9 * len(before)
+    lost = sum(int((one.bfloat16() == other.bfloat16()).sum()) for one, other in changes)
+    assert lost > 0.9 * sum(one.numel() for one, _ in changes), "in bfloat16 weights this update would have vanished"
+
+
+def test_groups_without_signal_leave_the_weights_alone(shop, tmp_path):
+    options = train_options(shop, tmp_path, eval_every=0, weight_decay=0.0, kl_weight=0.0)
+    run, buffer = one_step(options, advantages=[0.0] * 4)
+    before = [parameter.detach().clone() for parameter in run.parameters]
+    training.update(run, buffer, options, step=0)
+    assert all(torch.equal(one, other) for one, other in zip(before, run.parameters, strict=True))
+
+
+def test_without_kl_no_reference_is_loaded(shop, tmp_path):
+    options = train_options(shop, tmp_path, kl_weight=0.0, max_steps=1, eval_every=0)
+    _, reference, _ = training.load_models(options, None)
+    assert reference is None
+    training.train(options)
+    assert tags(options.log_dir)["kl_divergence"] == [(1, 0.0)]
+
+
+def test_starting_from_other_weights_keeps_the_reference(shop, tmp_path):
+    first = training.train(train_options(shop, tmp_path / "a", max_steps=2, lr=1e-2, eval_every=0))
+    options = train_options(shop, tmp_path / "b", max_steps=1, eval_every=0, checkpoint_path=str(first))
+    policy, reference, shares_vision = training.load_models(options, None)
+    assert shares_vision
+    head = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(policy.model.state_dict()[head], weights(first)[head])
+    assert torch.equal(reference.model.state_dict()[head], weights(shop / "model")[head])
+    training.train(options)
+    assert tags(options.log_dir)["kl_divergence"][0][1] > 0
+
+
+@pytest.mark.parametrize(("changes", "rates"), [
+    ({"lr_scheduler": "constant"}, [1.0, 1.0, 1.0, 1.0]),
+    ({"lr_scheduler": "linear"}, [1.0, 0.75, 0.5, 0.25]),
+    ({"lr_scheduler": "linear", "min_lr_ratio": 0.2}, [1.0, 0.8, 0.6, 0.4]),
+    ({"lr_scheduler": "cosine"}, [1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+    ({"lr_scheduler": "constant", "warmup_steps": 2}, [0.5, 1.0, 1.0, 1.0]),
+    ({"lr_scheduler": "linear", "warmup_steps": 2}, [0.5, 1.0, 1.0, 0.5]),
+])
+def test_learning_rates(changes, rates):
+    options = TrainOptions(lr=1.0, max_steps=4, **changes)
+    assert [training.learning_rate(step, options) for step in range(4)] == pytest.approx(rates)
+
+
+def test_held_out_products_are_never_trained_on(shop, tmp_path):
+    options = train_options(shop, tmp_path)
+    train, held_out = training.load_products(options)
+    assert train and held_out
+    assert not {sample.product_id for sample in train} & {sample.product_id for sample in held_out}
+    with pytest.raises(DataError, match="eval_fraction"):
+        training.load_products(replace(options, eval_fraction=0.999999))
+
+
+def test_a_photo_that_breaks_during_the_run_costs_its_group_only(shop, tmp_path, said, tokenizer, image_processor):
+    from conftest import write_shop
+
+    broken = write_shop(tmp_path, tokenizer, image_processor)
+    options = train_options(broken, tmp_path, batch_size=8, max_steps=1, eval_every=0, eval_fraction=0.0)
+    for photo in sorted((broken / "photos").iterdir())[:2]:
+        os.truncate(photo, 40)
+    training.train(options)
+    curves = tags(options.log_dir)
+    assert curves["failed_rollouts"][0][1] == 2 and "".join(said).count("no rollout") == 2
