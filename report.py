@@ -1,7 +1,8 @@
-"""Records -> what people read: a console table, a sheet, JSON."""
+"""Records -> what people read: a console table, a sheet, JSON, a curve."""
 
 import json
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,32 @@ def _write_cell(cell: Any, value: Any) -> None:
         cell.data_type = "s"
     else:
         cell.value = value
+
+
+_COLOURS = ("#9aa5b1", "#1f6feb", "#d1495b")
+
+
+def curve_svg(series: Mapping[str, Sequence[tuple[int, float]]], title: str) -> str:
+    """Draw rewards over steps as an SVG of 640 x 360. series: name -> (step, value in [0, 1]) in order of steps."""
+    last_step = max((step for points in series.values() for step, _ in points), default=0) or 1
+    left, right, top, bottom = 48, 624, 40, 312
+
+    def at(step: int, value: float) -> str:
+        return f"{left + (right - left) * step / last_step:.1f},{bottom - (bottom - top) * value:.1f}"
+
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 360" font-family="sans-serif" font-size="12">',
+             '<rect width="640" height="360" fill="white"/>',
+             f'<text x="{left}" y="22" font-size="14">{escape(title)}</text>']
+    for tenth in range(0, 11, 2):
+        y = bottom - (bottom - top) * tenth / 10
+        parts.append(f'<path d="M{left} {y}H{right}" stroke="#e4e7eb"/>'
+                     f'<text x="16" y="{y + 4}">{tenth / 10:.1f}</text>')
+    for index, (name, points) in enumerate(series.items()):
+        colour = _COLOURS[index % len(_COLOURS)]
+        line = " ".join(at(step, value) for step, value in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<rect x="{left + 190 * index}" y="336" width="14" height="4" fill="{colour}"/>'
+                     f'<text x="{left + 190 * index + 20}" y="342">{escape(name)}</text>')
+    parts.append(f'<text x="{left}" y="328">0</text>'
+                 f'<text x="{right}" y="328" text-anchor="end">step {last_step}</text>')
+    return "\n".join([*parts, "</svg>", ""])

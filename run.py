@@ -26,7 +26,7 @@ from evaluation import Record, ablations, evaluate, summarise
 from family import ModelError
 from policy import DTYPES, Policy, choose_device, load_minicpm, load_weights
 from prompts import read_template
-from report import change_lines, compare_products, product_line, summary_table, write_json, write_sheet
+from report import change_lines, compare_products, curve_svg, product_line, summary_table, write_json, write_sheet
 from rollout import PromptEncoder
 
 
@@ -62,11 +62,28 @@ def compare(options: CompareOptions) -> None:
     write_json(output_dir / "compare.json", {"settings": settings, "summary": summaries, "products": products})
     write_sheet(output_dir / "compare.xlsx", {
         "summary": [{"model": name, **summary} for name, summary in summaries.items()], "products": products})
+    curve = read_curve(Path(trained.log_dir))
+    if curve:
+        (output_dir / "curve.svg").write_text(curve_svg(curve, "mean reward over training steps"), encoding="utf-8")
     for line in products:
         logger.info(product_line(line))
     print(f"\n{how_answered(settings)}\n{summary_table(summaries)}\n\n{change_lines(products)}\n\n"
-          f"report: {output_dir / 'compare.xlsx'} and compare.json\n"
+          f"report: {output_dir / 'compare.xlsx'}, compare.json{', curve.svg' if curve else ''}\n"
           f"curves: tensorboard --logdir {trained.log_dir}")
+
+
+def read_curve(log_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read the reward curves of the training run from its TensorBoard logs; empty when they are gone."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not log_dir.is_dir():
+        return {}
+    events = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = {"returns": "sampled in training", "held_out/mean_reward": "held-out products",
+            "held_out/success_rate": "held-out, share >= 0.9"}
+    return {title: [(event.step, event.value) for event in events.Scalars(tag)]
+            for tag, title in tags.items() if tag in events.Tags()["scalars"]}
 
 
 def training_options(options: CompareOptions) -> TrainOptions:

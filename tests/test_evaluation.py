@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from openpyxl import load_workbook
 
 from data import Sample
 from evaluation import Record, summarise, with_other_photos
-from report import change_lines, compare_products, summary_table, write_json, write_sheet
+from report import change_lines, compare_products, curve_svg, summary_table, write_json, write_sheet
 from reward import score_answer
 
 
@@ -71,3 +72,10 @@ def test_every_product_gets_another_ones_photos():
     for own, other in zip(samples, swapped, strict=True):
         assert own.photos != other.photos and len(own.photos) == len(other.photos)
         assert (own.row, own.label, own.text) == (other.row, other.label, other.text)
+
+
+def test_a_curve_is_drawn_to_scale():
+    svg = ElementTree.fromstring(curve_svg({"a <b>": [(0, 0.0), (50, 0.5), (100, 1.0)]}, "t & u"))
+    line = svg.find("{http://www.w3.org/2000/svg}polyline")
+    assert line.get("points") == "48.0,312.0 336.0,176.0 624.0,40.0"
+    assert "a <b>" in "".join(svg.itertext()) and "t & u" in "".join(svg.itertext())
