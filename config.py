@@ -39,6 +39,8 @@ class ModelOptions:
                                                "model_stepN.pt state dict; the reference policy stays model_path")
     train_vision: bool = option(False, "train the vision tower and its projection too, not only the language model")
     max_slice_nums: int | None = option(None, "slices a photo may be cut into; default: the model's own")
+    exact_path: bool = option(False, "score every answer on a row of its own instead of a group on one row that shares "
+                                     "the prompt: the same numbers, slower")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute; auto takes the GPU when there is one")
     dtype: Literal["float32", "bfloat16"] = option("float32", "compute dtype; trainable weights stay float32")
     num_threads: int | None = option(None, "CPU threads for torch; default: torch's own choice")

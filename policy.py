@@ -14,6 +14,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
+import shared_prefix
 from family import Family, ModelError, Prompt
 from family_minicpm_v46 import MiniCPMV46
 
@@ -35,7 +36,7 @@ class Policy:
     """A model with its tokenizer and image processor, behind the operations that GRPO needs."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any, dtype: torch.dtype = torch.float32,
-                 max_slice_nums: int | None = None):
+                 max_slice_nums: int | None = None, exact_path: bool = False):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -46,6 +47,9 @@ class Policy:
         self._language_model = self.family.language_model(model)
         self._head = self.family.head(model)
         self._embed_tokens = self._language_model.get_input_embeddings()
+        self.exact_path = exact_path
+        if not exact_path:
+            shared_prefix.install(self._language_model)
         self._banned = torch.tensor(self.family.never_sampled(model, tokenizer), device=self.device)
         self._stops = torch.tensor(stop_token_ids(model, tokenizer), device=self.device)
 
@@ -115,25 +119,22 @@ class Policy:
         return Generation(completions, action_mask, log_probs.masked_fill(~action_mask, 0.0), ~is_stop.any(1))
 
     def log_probs(self, prompts: Sequence[Prompt], completions: Tensor, action_mask: Tensor, temperature: float,
-                  features: Sequence[Tensor | None] | None = None) -> tuple[Tensor, Tensor]:
+                  features: Sequence[Tensor | None] | None = None, exact_path: bool | None = None
+                  ) -> tuple[Tensor, Tensor]:
         """Score answers: log-probs of the tokens taken, and the entropy at each token without gradient.
 
         completions, action_mask: (B * G, T), G rows a prompt in order. Returns two (B * G, T) float32, 0 where masked.
         features: reuse encoded photos; None encodes them here, with gradient where the vision trains.
+        exact_path: a row an answer instead of a row a group; None does as the policy was told.
         """
         with self.autocast():
             if features is None:
                 features = self.family.photo_features(self.model, prompts)
             prompt_inputs, prompt_mask = self._embed(prompts, features)  # (B, P, d), (B, P)
-            group_size = len(completions) // len(prompts)
-            inputs = torch.cat([prompt_inputs.repeat_interleave(group_size, 0),
-                                self._embed_tokens(completions).to(prompt_inputs.dtype)], 1)  # (B * G, P + T, d)
-            answers_seen = torch.ones_like(action_mask)  # behind a stop token nothing is read: causal, and masked below
-            mask = torch.cat([prompt_mask.repeat_interleave(group_size, 0), answers_seen], 1)  # (B * G, P + T)
-            hidden = self._language_model(inputs_embeds=inputs, attention_mask=_needed(mask),
-                                          position_ids=_positions(mask), use_cache=False).last_hidden_state
-            first = prompt_mask.shape[1] - 1  # the prompt's last token predicts the answer's first
-            hidden = hidden[:, first:-1][action_mask]  # (tokens, d)
+            answers = self._embed_tokens(completions).to(prompt_inputs.dtype)  # (B * G, T, d)
+            exact_path = self.exact_path if exact_path is None else exact_path
+            score_rows = plain_rows if exact_path else shared_prefix.score_rows
+            hidden = score_rows(self._language_model, prompt_inputs, prompt_mask, answers)[action_mask]  # (tokens, d)
             taken_log_probs, entropy = self._score(hidden, completions[action_mask], temperature)
         zeros = torch.zeros(action_mask.shape, device=self.device)
         return (zeros.masked_scatter(action_mask, taken_log_probs), zeros.masked_scatter(action_mask, entropy))
@@ -166,6 +167,17 @@ class Policy:
         """Decode answers for people and for the reward; the ids themselves are never made from these strings."""
         return [self.tokenizer.decode(row[mask], skip_special_tokens=True)
                 for row, mask in zip(completions.cpu(), action_mask.cpu(), strict=True)]
+
+
+def plain_rows(language_model: nn.Module, prompts: Tensor, prompt_real: Tensor, answers: Tensor) -> Tensor:
+    """The slow twin of shared_prefix.score_rows: the prompt repeated for every answer; (B * G, T, d)."""
+    group_size = len(answers) // len(prompts)
+    inputs = torch.cat([prompts.repeat_interleave(group_size, 0), answers], 1)  # (B * G, P + T, d)
+    # Behind a stop token nothing needs a mask: attention is causal, and the caller reads no state there.
+    real = nn.functional.pad(prompt_real.repeat_interleave(group_size, 0), (0, answers.shape[1]), value=True)
+    hidden = language_model(inputs_embeds=inputs, attention_mask=_needed(real), position_ids=_positions(real),
+                            use_cache=False).last_hidden_state
+    return hidden[:, prompts.shape[1] - 1:-1]  # the prompt's last token predicts the answer's first
 
 
 def _positions(mask: Tensor) -> Tensor:

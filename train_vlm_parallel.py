@@ -151,9 +151,32 @@ def prepare(options: TrainOptions) -> Run:
     writer.add_text("options", "\n".join(f"    {name}: {value}" for name, value in asdict(options).items()), start)
     run = Run(policy, reference, shares_vision, parameters, optimizer, objective, encoder, writer, products, held_out,
               start, bad_steps, resume_from)
+    if not options.exact_path:
+        check_shared_prefix(run, options)
     if options.eval_every and held_out and not resume_from:
         log_evaluation(run, options, 0)
     return run
+
+
+def check_shared_prefix(run: Run, options: TrainOptions) -> None:
+    """Compare the shared-prefix scores of one real product with plain rows; raises ModelError if they differ."""
+    groups, failures = rollout_groups(run.encoder, run.products[:1], 3, options.temperature, options.max_length,
+                                      "shared prefix", 1)
+    if not groups:
+        logger.warning(f"the shared-prefix path could not be checked: {failures[0]}")
+        return
+    group, gaps = groups[0], []
+    with torch.no_grad():
+        for policy in filter(None, (run.policy, run.reference)):
+            shared, exact = (policy.log_probs([group.prompt], group.completions, group.action_mask,
+                                              options.temperature, exact_path=exact_path)[0]
+                             for exact_path in (False, True))
+            gaps.append(float((shared - exact).abs().max()))
+    limit = 1e-3 if options.dtype == "float32" else 0.5  # bfloat16 rounds differently in differently shaped products
+    logger.info(f"shared prefix against plain rows: log-probs within {max(gaps):.1e}")
+    if not max(gaps) < limit:
+        raise ModelError(f"scoring a group on one shared-prefix row gives log-probs {max(gaps):.2g} away from those of "
+                         "plain rows: this model needs --exact_path")
 
 
 def load_products(options: TrainOptions) -> tuple[list[Sample], list[Sample]]:
@@ -192,7 +215,7 @@ def load_models(options: TrainOptions, resume_from: Path | None) -> tuple[Policy
     weights = str(resume_from) if resume_from else options.checkpoint_path
     if weights:
         load_weights(model, weights)
-    policy = Policy(model.to(device), tokenizer, image_processor, dtype, options.max_slice_nums)
+    policy = Policy(model.to(device), tokenizer, image_processor, dtype, options.max_slice_nums, options.exact_path)
     if reference_model is None:
         return policy, None, False
     vision = policy.family.vision_modules
@@ -200,7 +223,8 @@ def load_models(options: TrainOptions, resume_from: Path | None) -> tuple[Policy
         torch.equal(one.to(device), other) for mine, theirs in
         zip(vision(reference_model), vision(model), strict=True)
         for one, other in zip(mine.parameters(), theirs.parameters(), strict=True))
-    reference = Policy(reference_model.to(device, dtype), tokenizer, image_processor, dtype, options.max_slice_nums)
+    reference = Policy(reference_model.to(device, dtype), tokenizer, image_processor, dtype, options.max_slice_nums,
+                       options.exact_path)
     return policy, reference, shares_vision
 
 

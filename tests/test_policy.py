@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import noise_photo, tiny_model
 
+import shared_prefix
 from family import ModelError
 from policy import (
     Policy,
@@ -49,21 +50,26 @@ def test_sampled_log_probs_equal_rescored_ones(policy):
     assert (rescored - generation.old_log_probs).abs().max() < 1e-4
 
 
-def test_group_scoring_equals_one_by_one(policy):
+@pytest.mark.parametrize("exact_path", [False, True])
+@pytest.mark.parametrize(("group_size", "columns"), [(4, 12), (2, 3)])  # answers longer and shorter than the prompts
+def test_group_scoring_equals_one_by_one(policy, exact_path, group_size, columns):
     prompts = three_prompts(policy)
-    generation = sample(policy, prompts)
-    scored, entropy = policy.log_probs(prompts, generation.completions, generation.action_mask, 0.7)
+    generation = sample(policy, prompts, group_size, columns)
+    scored, entropy = policy.log_probs(prompts, generation.completions, generation.action_mask, 0.7,
+                                       exact_path=exact_path)
     for row, (answer, mask) in enumerate(zip(generation.completions, generation.action_mask, strict=True)):
-        alone = score_one_by_one(policy, prompts[row // 4], answer[mask], 0.7)
+        alone = score_one_by_one(policy, prompts[row // group_size], answer[mask], 0.7)
         assert (scored[row][mask] - alone).abs().max() < 1e-4
         assert (scored[row][~mask] == 0).all() and (entropy[row][~mask] == 0).all()
 
 
-def test_gradients_equal_one_by_one_with_vision(policy):
+@pytest.mark.parametrize("exact_path", [False, True])
+@pytest.mark.parametrize("columns", [3, 20])
+def test_gradients_equal_one_by_one_with_vision(policy, exact_path, columns):
     prompts = three_prompts(policy)[:2]
-    generation = sample(policy, prompts, group_size=2)
+    generation = sample(policy, prompts, group_size=2, columns=columns)
     parameters = set_trainable(policy, train_vision=True)
-    scored, _ = policy.log_probs(prompts, generation.completions, generation.action_mask, 0.7)
+    scored, _ = policy.log_probs(prompts, generation.completions, generation.action_mask, 0.7, exact_path=exact_path)
     scored.sum().backward()
     together = [None if parameter.grad is None else parameter.grad.clone() for parameter in parameters]
     policy.model.zero_grad()
@@ -213,6 +219,7 @@ def test_state_dict_file_loads(dense_policy, tokenizer, tmp_path):
 def test_saved_folder_loads_by_its_path(dense_policy, tmp_path):
     for part in (dense_policy.model, dense_policy.tokenizer, dense_policy.image_processor):
         part.save_pretrained(tmp_path)
+    assert shared_prefix.NAME not in (tmp_path / "config.json").read_text()
     model, tokenizer, image_processor = load_minicpm(str(tmp_path))
     loaded = Policy(freeze(model), tokenizer, image_processor)
     prompts = three_prompts(loaded)
@@ -228,3 +235,12 @@ def test_unknown_families_and_missing_folders_are_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match="'llama'"):
         load_minicpm(str(tmp_path))
+
+
+def test_layers_of_unknown_kind_are_refused(dense_policy):
+    class Mamba(torch.nn.Module):
+        pass
+
+    dense_policy._language_model.layers[0].self_attn = Mamba()
+    with pytest.raises(ModelError, match="Mamba.*--exact_path"):
+        shared_prefix.install(dense_policy._language_model)

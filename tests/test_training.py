@@ -15,10 +15,12 @@ from conftest import as_flags, train_options
 from loguru import logger
 from safetensors.torch import load_file
 
+import shared_prefix
 import train_vlm_parallel as training
 from checkpoint import list_checkpoints, options_of
 from config import OptionError, TrainOptions
 from data import DataError
+from family import ModelError
 from loss import VLM_GRPOLoss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -279,3 +281,40 @@ def test_a_photo_that_breaks_during_the_run_costs_its_group_only(shop, tmp_path,
     training.train(options)
     curves = tags(options.log_dir)
     assert curves["failed_rollouts"][0][1] == 2 and "".join(said).count("no rollout") == 2
+
+
+def leak_between_answers(layout):
+    return replace(layout, answer_mask=torch.ones_like(layout.answer_mask))
+
+
+def forget_the_prompt(layout):
+    mask = layout.answer_mask.clone()
+    mask[..., 0] = False
+    return replace(layout, answer_mask=mask)
+
+
+@pytest.mark.parametrize("fault", [leak_between_answers, forget_the_prompt])
+def test_a_broken_shared_prefix_is_caught_at_the_start(shop, tmp_path, monkeypatch, fault):
+    good = shared_prefix.make_layout
+    monkeypatch.setattr(shared_prefix, "make_layout", lambda *args: fault(good(*args)))
+    with pytest.raises(ModelError, match="--exact_path"):
+        training.train(train_options(shop, tmp_path, eval_every=0))
+    training.train(train_options(shop, tmp_path, eval_every=0, max_steps=1, exact_path=True))
+
+
+def test_wrong_positions_are_caught_at_the_start(shop, tmp_path, monkeypatch):
+    good = shared_prefix.score_rows
+
+    def shifted(language_model, prompts, prompt_real, answers):
+        real = torch.cat([prompt_real[:, :1], prompt_real], 1)  # one column of padding too many: all positions off
+        return good(language_model, torch.cat([prompts[:, :1], prompts], 1), real, answers)
+
+    monkeypatch.setattr(shared_prefix, "score_rows", shifted)
+    with pytest.raises(ModelError, match="--exact_path"):
+        training.train(train_options(shop, tmp_path, eval_every=0))
+
+
+def test_both_paths_train_to_the_same_weights(shop, tmp_path):
+    results = [weights(training.train(train_options(shop, tmp_path / str(exact_path), max_steps=2, eval_every=0,
+                                                    exact_path=exact_path))) for exact_path in (False, True)]
+    assert max(float((results[0][name] - results[1][name]).abs().max()) for name in results[0]) < 1e-5
