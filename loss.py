@@ -84,10 +84,11 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
 
     def forward(self, log_probs: Tensor, experience: Experience, entropy: Tensor | None = None
                 ) -> tuple[Tensor, Tensor]:
-        """Return (loss, mean kl over real tokens); leaves ratio, clip_fraction, entropy and kl in self.metrics.
+        """Return (loss, mean kl over real tokens); self.metrics then holds ratio, clip_fraction, entropy, kl.
 
         log_probs: (N, T) with gradient. entropy: (N, T), only averaged; without it -log_probs stands in, which has
-        the same mean for tokens that the policy sampled.
+        the same mean for tokens that the policy sampled. Without log_probs_ref there is no KL term and the second
+        value is 0.
         """
         mask = self.mask(experience)
         log_probs = torch.where(mask, log_probs.float(), 0.0)
@@ -97,21 +98,21 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
         ratio = (log_probs - old_log_probs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()  # (N, T)
         clipped = ratio.clamp(1 - self.clip_eps, 1 + self.clip_eps_high)
         per_token = -torch.min(ratio * advantages, clipped * advantages)  # (N, T)
-        kl = torch.zeros_like(log_probs)
+        mean_kl = log_probs.new_zeros(())
         if experience.log_probs_ref is not None:
             kl = approx_kl_divergence(log_probs, experience.log_probs_ref, mask)  # (N, T)
             per_token = per_token + self.kl_weight * kl
-
-        mean_kl = masked_mean(kl, mask)
+            mean_kl = masked_mean(kl, mask)
         with torch.no_grad():
             bound = ((ratio > 1 + self.clip_eps_high) & (advantages > 0)) | \
                     ((ratio < 1 - self.clip_eps) & (advantages < 0))
             self.metrics = {
-                "kl_divergence": mean_kl.detach(),
                 "ratio": masked_mean(ratio, mask),
                 "clip_fraction": masked_mean(bound.float(), mask),
                 "entropy": masked_mean(-log_probs if entropy is None else entropy, mask),
             }
+            if experience.log_probs_ref is not None:
+                self.metrics["kl_divergence"] = mean_kl.detach()
         return self._mean(per_token, mask), mean_kl
 
     def _mean(self, per_token: Tensor, mask: Tensor) -> Tensor:

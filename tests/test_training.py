@@ -234,7 +234,7 @@ def test_without_kl_no_reference_is_loaded(shop, tmp_path):
     _, reference, _ = training.load_models(options, None)
     assert reference is None
     training.train(options)
-    assert tags(options.log_dir)["kl_divergence"] == [(1, 0.0)]
+    assert "kl_divergence" not in tags(options.log_dir)
 
 
 def test_starting_from_other_weights_keeps_the_reference(shop, tmp_path):
