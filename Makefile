@@ -9,7 +9,7 @@ CHECKPOINT := outputs/demo/step_$(shell printf '%06d' $(STEPS))
 demo: .venv/.installed
 	$(BIN)/python demo.py
 	$(MAKE) --no-print-directory $(CHECKPOINT)/options.yaml
-	$(BIN)/python run.py --checkpoint_path $(CHECKPOINT) --num_threads 1
+	$(BIN)/python run.py --checkpoint_path $(CHECKPOINT) --ablate --num_threads 1
 
 # Trained again only when the demo was made anew or its options changed.
 $(CHECKPOINT)/options.yaml: demo/made_by demo.yaml

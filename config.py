@@ -216,7 +216,7 @@ class DemoOptions:
     output_dir: str = option("demo", "folder for model, sheets and photos")
     products: int = option(800, "products to train on")
     held_out: int = option(96, "products held out")
-    warm_up_reward: float = option(0.62, "the warm-up stops when sampled answers reach this mean reward")
+    warm_up_reward: float = option(0.60, "the warm-up stops when sampled answers reach this mean reward")
     seed: int = option(0, "seed of catalogue, model and warm-up")
 
     def check(self) -> None:
