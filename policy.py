@@ -35,13 +35,17 @@ class Policy:
     """A model with its tokenizer and image processor, behind the operations that GRPO needs."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any, dtype: torch.dtype = torch.float32,
-                 max_slice_nums: int | None = None):
+                 max_slice_nums: int | None = None, max_pixels: int | None = None):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.family = family_of(model.config.model_type)
+        if max_slice_nums is not None and not self.family.cuts_slices:
+            raise ModelError(f"--max_slice_nums {max_slice_nums}: {model.config.model_type} does not cut photos into "
+                             "slices; bound them with --max_pixels instead")
         self.dtype = dtype
         self.max_slice_nums = max_slice_nums
+        self.max_pixels = max_pixels
         self.device = next(model.parameters()).device
         self._language_model = self.family.language_model(model)
         self._head = self.family.head(model)
@@ -55,7 +59,8 @@ class Policy:
 
     def encode_prompt(self, text: str, photos: Sequence[Any]) -> Prompt:
         """Prepare a prompt text and its photos (CPU tensors)."""
-        return self.family.encode_prompt(self.tokenizer, self.image_processor, text, photos, self.max_slice_nums)
+        return self.family.encode_prompt(self.tokenizer, self.image_processor, text, photos, self.max_slice_nums,
+                                         self.max_pixels)
 
     def photo_features(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
         """Encode the photos of some prompts: per prompt (photo tokens, hidden), or None without photos."""

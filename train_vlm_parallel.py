@@ -192,7 +192,7 @@ def load_models(options: TrainOptions, resume_from: Path | None) -> tuple[Policy
     weights = str(resume_from) if resume_from else options.checkpoint_path
     if weights:
         load_weights(model, weights)
-    policy = Policy(model.to(device), tokenizer, image_processor, dtype, options.max_slice_nums)
+    policy = Policy(model.to(device), tokenizer, image_processor, dtype, options.max_slice_nums, options.max_pixels)
     if reference_model is None:
         return policy, None, False
     vision = policy.family.vision_modules
@@ -200,7 +200,8 @@ def load_models(options: TrainOptions, resume_from: Path | None) -> tuple[Policy
         torch.equal(one.to(device), other) for mine, theirs in
         zip(vision(reference_model), vision(model), strict=True)
         for one, other in zip(mine.parameters(), theirs.parameters(), strict=True))
-    reference = Policy(reference_model.to(device, dtype), tokenizer, image_processor, dtype, options.max_slice_nums)
+    reference = Policy(reference_model.to(device, dtype), tokenizer, image_processor, dtype, options.max_slice_nums,
+                       options.max_pixels)
     return policy, reference, shares_vision
 
 

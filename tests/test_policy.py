@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import noise_photo, tiny_model
 
-from family import ModelError
+from family import ModelError, shrink
 from policy import (
     Policy,
     _inverse_cdf,
@@ -150,9 +150,23 @@ def test_placeholders_match_photo_features(policy):
         prompt = policy.encode_prompt("box", [noise_photo(1, size), noise_photo(2)])
         features = policy.photo_features([prompt])[0]
         assert int(policy.family.photo_positions(policy.model, prompt).sum()) == len(features)
-    assert len(policy.encode_prompt("box", [noise_photo(1, (300, 300))]).photos["target_sizes"]) == 5
-    policy.max_slice_nums = 1
-    assert len(policy.encode_prompt("box", [noise_photo(1, (300, 300))]).photos["target_sizes"]) == 1
+
+
+def test_slices_and_pixels_bound_a_photo(dense_policy, tokenizer, image_processor):
+    def slices(**bounds):
+        bounded = Policy(dense_policy.model, tokenizer, image_processor, **bounds)
+        return len(bounded.encode_prompt("box", [noise_photo(1, (300, 300))]).photos["target_sizes"])
+
+    assert slices() == 5  # the overview and four slices
+    assert slices(max_slice_nums=1) == slices(max_pixels=64 * 64) == 1
+    assert slices(max_pixels=2 * 64 * 64) == 3  # the overview and two slices
+
+
+def test_shrinking_keeps_the_proportions():
+    photo = noise_photo(1, (300, 75))
+    assert shrink(photo, 100 * 25).size == (100, 25)
+    assert shrink(photo, 100 * 25 - 1).size == (99, 24)
+    assert shrink(photo, 300 * 75) is photo and shrink(photo, None) is photo
 
 
 def test_product_text_cannot_forge_markers(dense_policy):
