@@ -49,12 +49,30 @@ class Family:
         raise NotImplementedError
 
     def photo_features(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[Tensor | None]:
-        """Encode all photos in one vision pass: per prompt (photo tokens, hidden), or None without photos."""
+        """Encode all photos in one vision pass: per prompt (photo tokens, hidden), or None without photos.
+
+        Columns beyond the hidden size are the family's own, for decoder_arguments.
+        """
         raise NotImplementedError
 
     def photo_positions(self, model: nn.Module, prompt: Prompt) -> Tensor:
         """Mark the prompt positions that photo features fill: (P,) bool."""
         raise NotImplementedError
+
+    def positions(self, model: nn.Module, prompt: Prompt) -> Tensor:
+        """Give the prompt's position ids: (P,), or (axes, P) for a rotary embedding of several axes.
+
+        A prompt ends in text, whose last position is the highest on every axis: answers count on from there.
+        """
+        return torch.arange(len(prompt.input_ids))
+
+    def decoder_arguments(self, model: nn.Module, features: Sequence[Tensor | None], photo_mask: Tensor
+                          ) -> dict[str, Any]:
+        """Give further keyword arguments of the language model for a batch that begins with prompts.
+
+        features: one entry a row. photo_mask: (rows, columns) bool, the columns that photo features fill.
+        """
+        return {}
 
     def language_model(self, model: nn.Module) -> nn.Module:
         """The decoder without its head: takes inputs_embeds, gives last_hidden_state."""

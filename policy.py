@@ -31,6 +31,31 @@ class Generation:
     truncated: Tensor  # (B * G,) bool: no stop token within T
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Embedded prompts, padded on the left: B rows, P columns."""
+
+    inputs: Tensor  # (B, P, d), photos in place
+    mask: Tensor  # (B, P) bool: not padding
+    photo_mask: Tensor  # (B, P) bool: filled by photo features
+    positions: Tensor  # (B, P), or (axes, B, P)
+
+    def continued(self, answers: Tensor) -> "_Rows":
+        """Put embedded answers (B * G, T, d) behind the prompts, G to each: B * G rows, P + T columns."""
+        group_size, columns = len(answers) // len(self.mask), answers.shape[1]
+
+        def repeat(value: Tensor, axis: int = 0) -> Tensor:
+            return value.repeat_interleave(group_size, axis)
+
+        counted = torch.arange(1, columns + 1, device=answers.device)
+        return _Rows(
+            inputs=torch.cat([repeat(self.inputs), answers.to(self.inputs.dtype)], 1),
+            # Behind a stop token nothing is read: attention is causal, and the scores there are masked.
+            mask=nn.functional.pad(repeat(self.mask), (0, columns), value=True),
+            photo_mask=nn.functional.pad(repeat(self.photo_mask), (0, columns)),
+            positions=repeat(torch.cat([self.positions, self.positions[..., -1:] + counted], -1), -2))
+
+
 class Policy:
     """A model with its tokenizer and image processor, behind the operations that GRPO needs."""
 
@@ -63,7 +88,7 @@ class Policy:
                                          self.max_pixels)
 
     def photo_features(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
-        """Encode the photos of some prompts: per prompt (photo tokens, hidden), or None without photos."""
+        """Encode the photos of some prompts: per prompt (photo tokens, width), or None without photos."""
         with self.autocast():
             return self.family.photo_features(self.model, prompts)
 
@@ -81,19 +106,18 @@ class Policy:
                 temperature: float | None) -> Generation:
         rows, max_length = uniforms.shape
         group_size = rows // len(prompts)
-        inputs, prompt_mask = self._embed(prompts, features)  # (B, P, d), (B, P)
-        positions = _positions(prompt_mask)  # (B, P)
-        out = self._language_model(inputs_embeds=inputs, attention_mask=_needed(prompt_mask), position_ids=positions,
-                                   use_cache=True)
+        prefix = self._embed(prompts, features)
+        columns = prefix.mask.shape[1]
+        out = self._forward(prefix, features, use_cache=True)
         cache = out.past_key_values
-        if cache is None or cache.get_seq_length() != inputs.shape[1]:
+        if cache is None or cache.get_seq_length() != columns:
             raise ModelError(f"{type(self._language_model).__name__} returned no cache of the prompt's length")
         widen = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)  # (B * G,)
         cache.reorder_cache(widen)
         hidden = out.last_hidden_state[:, -1].index_select(0, widen)  # (B * G, d)
-        next_position = positions[:, -1:].index_select(0, widen)  # (B * G, 1)
-        padded = _needed(prompt_mask) is not None
-        mask = torch.cat([prompt_mask.index_select(0, widen), prompt_mask.new_ones(rows, max_length)], 1)
+        next_position = prefix.positions[..., -1:].index_select(-2, widen)  # ([axes,] B * G, 1)
+        padded = _needed(prefix.mask) is not None
+        mask = torch.cat([prefix.mask.index_select(0, widen), prefix.mask.new_ones(rows, max_length)], 1)
 
         completions = torch.empty(rows, max_length, dtype=torch.long, device=self.device)
         log_probs = torch.empty(rows, max_length, device=self.device)
@@ -109,7 +133,7 @@ class Policy:
             if step + 1 == max_length or (step % look_every == 0 and bool(stopped.all())):
                 break
             next_position = next_position + 1
-            seen = mask[:, :inputs.shape[1] + step + 1] if padded else None
+            seen = mask[:, :columns + step + 1] if padded else None
             out = self._language_model(inputs_embeds=self._embed_tokens(token), attention_mask=seen,
                                        position_ids=next_position, past_key_values=cache, use_cache=True)
             hidden = out.last_hidden_state[:, -1]
@@ -129,15 +153,12 @@ class Policy:
         with self.autocast():
             if features is None:
                 features = self.family.photo_features(self.model, prompts)
-            prompt_inputs, prompt_mask = self._embed(prompts, features)  # (B, P, d), (B, P)
+            prefix = self._embed(prompts, features)
             group_size = len(completions) // len(prompts)
-            inputs = torch.cat([prompt_inputs.repeat_interleave(group_size, 0),
-                                self._embed_tokens(completions).to(prompt_inputs.dtype)], 1)  # (B * G, P + T, d)
-            answers_seen = torch.ones_like(action_mask)  # behind a stop token nothing is read: causal, and masked below
-            mask = torch.cat([prompt_mask.repeat_interleave(group_size, 0), answers_seen], 1)  # (B * G, P + T)
-            hidden = self._language_model(inputs_embeds=inputs, attention_mask=_needed(mask),
-                                          position_ids=_positions(mask), use_cache=False).last_hidden_state
-            first = prompt_mask.shape[1] - 1  # the prompt's last token predicts the answer's first
+            rows = prefix.continued(self._embed_tokens(completions))
+            hidden = self._forward(rows, [photo for photo in features for _ in range(group_size)],
+                                   use_cache=False).last_hidden_state  # (B * G, P + T, d)
+            first = prefix.mask.shape[1] - 1  # the prompt's last token predicts the answer's first
             hidden = hidden[:, first:-1][action_mask]  # (tokens, d)
             taken_log_probs, entropy = self._score(hidden, completions[action_mask], temperature)
         zeros = torch.zeros(action_mask.shape, device=self.device)
@@ -154,27 +175,34 @@ class Policy:
         logits = self._head(hidden).float() / (temperature or 1.0)  # (n, V)
         return logits.index_fill(-1, self._banned, -torch.inf).log_softmax(-1)
 
-    def _embed(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-        """Embed prompts, photos in place, padded on the left: (B, P, d) and mask (B, P) bool."""
+    def _embed(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None]) -> _Rows:
+        """Embed prompts, photos in place, padded on the left."""
         longest = max(len(prompt.input_ids) for prompt in prompts)
-        rows, mask = [], torch.zeros(len(prompts), longest, dtype=torch.bool)
+        inputs, positions = [], []
+        mask, photo_mask = (torch.zeros(len(prompts), longest, dtype=torch.bool) for _ in range(2))
         for index, (prompt, photo) in enumerate(zip(prompts, features, strict=True)):
+            padding = longest - len(prompt.input_ids)
             row = self._embed_tokens(prompt.input_ids.to(self.device))  # (P_i, d)
             if photo is not None:
-                at = self.family.photo_positions(self.model, prompt).to(self.device)
-                row = row.masked_scatter(at[:, None], photo.to(row.dtype))
-            rows.append(nn.functional.pad(row, (0, 0, longest - len(row), 0)))
-            mask[index, longest - len(prompt.input_ids):] = True
-        return torch.stack(rows), mask.to(self.device)
+                at = self.family.photo_positions(self.model, prompt)  # (P_i,)
+                row = row.masked_scatter(at.to(self.device)[:, None], photo[:, :row.shape[1]].to(row.dtype))
+                photo_mask[index, padding:] = at
+            inputs.append(nn.functional.pad(row, (0, 0, padding, 0)))
+            mask[index, padding:] = True
+            positions.append(nn.functional.pad(self.family.positions(self.model, prompt), (padding, 0)))
+        return _Rows(torch.stack(inputs), mask.to(self.device), photo_mask.to(self.device),
+                     torch.stack(positions, -2).to(self.device))
+
+    def _forward(self, rows: _Rows, features: Sequence[Tensor | None], use_cache: bool) -> Any:
+        """Run the language model on rows that begin with prompts; features: one entry a row."""
+        return self._language_model(inputs_embeds=rows.inputs, attention_mask=_needed(rows.mask),
+                                    position_ids=rows.positions, use_cache=use_cache,
+                                    **self.family.decoder_arguments(self.model, features, rows.photo_mask))
 
     def answers(self, completions: Tensor, action_mask: Tensor) -> list[str]:
         """Decode answers for people and for the reward; the ids themselves are never made from these strings."""
         return [self.tokenizer.decode(row[mask], skip_special_tokens=True)
                 for row, mask in zip(completions.cpu(), action_mask.cpu(), strict=True)]
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def _needed(mask: Tensor) -> Tensor | None:
