@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from family import Family, ModelError, Prompt
 from family_minicpm_v46 import MiniCPMV46
+from family_qwen_vl import Qwen3VL, Qwen25VL
 
-FAMILIES: tuple[Family, ...] = (MiniCPMV46(),)
+FAMILIES: tuple[Family, ...] = (MiniCPMV46(), Qwen25VL(), Qwen3VL())
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -324,7 +325,7 @@ def parameter_parts(policy: Policy) -> dict[str, list[tuple[str, nn.Parameter]]]
               for parameter in module.parameters()}
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in policy.model.named_parameters():
-        words = [word for word in name.split(".")[:-1] if word not in ("model", "layers")]
+        words = [word for word in name.split(".")[:-1] if word not in ("model", "layers", "visual")]
         if id(parameter) in vision:
             part = "vision: " + words[0]
         else:
