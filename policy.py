@@ -4,6 +4,7 @@ Device and dtype are handled here and nowhere else. Weights that train are float
 products run under autocast. Dropout is never active (eval mode), so sampling and scoring see the same network.
 """
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -269,28 +270,34 @@ def load_weights(model: nn.Module, path: str) -> None:
 
     Raises ModelError when the file can't be read or does not fit the model, naming the first tensors that differ.
     """
-    state = _read_weights(Path(path))
-    own = model.state_dict()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    wrong = [name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape]
-    missing = [name for name in own if name not in state and name not in tied]
+    source = Path(path)
+    if source.is_dir():
+        state, wrong, missing = _read_folder(model, source)
+    elif source.is_file():
+        state = torch.load(source, map_location="cpu", weights_only=True)
+        own, tied = model.state_dict(), set(getattr(model, "all_tied_weights_keys", None) or ())
+        wrong = [name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape]
+        missing = [name for name in own if name not in state and name not in tied]
+    else:
+        raise ModelError(f"{path}: no such checkpoint folder or .pt file")
     if wrong or missing:
         raise ModelError(f"{path}: these weights are of another model; not in it or of another shape: {wrong[:3]}, "
                          f"missing: {missing[:3]}")
     model.load_state_dict(state, strict=False)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+def _read_folder(model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Read a folder as transformers does, since the names in its files can be others than the model's (Qwen2.5-VL).
 
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise ModelError(f"{path}: no .safetensors file in this folder")
-        return {name: tensor for file in files for name, tensor in load_file(file).items()}
-    if not path.is_file():
-        raise ModelError(f"{path}: no such checkpoint folder or .pt file")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    Returns the tensors by the model's names, then the names that don't fit and those that are missing.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder}: no .safetensors file in this folder")
+    # The model's own config decides the shapes; a copy, since loading writes into it.
+    loaded, report = type(model).from_pretrained(folder, config=copy.deepcopy(model.config), dtype=torch.float32,
+                                                 output_loading_info=True, ignore_mismatched_sizes=True)
+    wrong = sorted({*report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    return loaded.state_dict(), wrong, sorted(report["missing_keys"])
 
 
 def choose_device(name: str) -> torch.device:

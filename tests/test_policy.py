@@ -1,5 +1,7 @@
 """Sampling, scoring, photos: the batched paths against one answer at a time through the model's own forward."""
 
+import copy
+
 import pytest
 import torch
 from conftest import noise_photo, tiny_model
@@ -230,15 +232,32 @@ def test_weights_of_another_model_are_refused(dense_policy, tmp_path):
         load_weights(dense_policy.model, str(tmp_path / "absent"))
 
 
-def test_state_dict_file_loads(dense_policy, tokenizer, tmp_path):
-    other = tiny_model(tokenizer, ["full_attention"] * 2)
+def test_folders_of_another_model_are_refused(policy, tmp_path):
+    smaller = copy.deepcopy(policy.model)
+    decoder = policy.family.language_model(smaller)
+    del decoder.layers[-1]
+    decoder.norm.weight = torch.nn.Parameter(torch.ones(7))
+    smaller.save_pretrained(tmp_path)
+    before = copy.deepcopy(policy.model.state_dict())
+    with pytest.raises(ModelError, match=r"shape: \['model.language_model.norm.weight'\], missing: .*layers"):
+        load_weights(policy.model, str(tmp_path))
+    assert all(torch.equal(before[name], tensor) for name, tensor in policy.model.state_dict().items())
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="no .safetensors"):
+        load_weights(policy.model, str(tmp_path))
+
+
+def test_weights_load_from_a_folder_and_from_a_state_dict(policy, tmp_path):
+    wanted = copy.deepcopy(policy.model)
     with torch.no_grad():
-        for parameter in other.parameters():
+        for parameter in wanted.parameters():
             parameter.add_(1)
-    torch.save(other.state_dict(), tmp_path / "model_step1.pt")
-    load_weights(dense_policy.model, str(tmp_path / "model_step1.pt"))
-    assert all(torch.equal(one, two) for one, two in zip(dense_policy.model.parameters(), other.parameters(),
-                                                        strict=True))
+    wanted.save_pretrained(tmp_path / "folder")
+    torch.save(wanted.state_dict(), tmp_path / "model_step1.pt")
+    for name in ("folder", "model_step1.pt"):
+        model = copy.deepcopy(policy.model)
+        load_weights(model, str(tmp_path / name))
+        assert all(torch.equal(one, two) for one, two in zip(model.parameters(), wanted.parameters(), strict=True))
 
 
 def test_saved_folder_loads_by_its_path(policy, tmp_path):
