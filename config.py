@@ -38,7 +38,10 @@ class ModelOptions:
     checkpoint_path: str | None = option(None, "start from these weights instead: a checkpoint folder or a plain "
                                                "model_stepN.pt state dict; the reference policy stays model_path")
     train_vision: bool = option(False, "train the vision tower and its projection too, not only the language model")
-    max_slice_nums: int | None = option(None, "slices a photo may be cut into; default: the model's own")
+    max_slice_nums: int | None = option(None, "slices a photo may be cut into; default: the model's own; for models "
+                                              "that cut photos, as MiniCPM does and Qwen does not")
+    max_pixels: int | None = option(None, "pixels of a photo at most, larger ones are scaled down; default: the "
+                                          "model's own")
     exact_path: bool = option(False, "score every answer on a row of its own instead of a group on one row that shares "
                                      "the prompt: the same numbers, slower")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute; auto takes the GPU when there is one")
@@ -227,7 +230,7 @@ class DemoOptions:
 _POSITIVE = ("group_size", "batch_size", "max_length", "temperature", "rollout_batch_size", "lr", "max_grad_norm",
              "epochs", "minibatch_size", "micro_batch_size", "max_bad_steps", "max_steps", "save_every",
              "eval_samples", "num_samples", "eval_batch_size", "max_products", "num_threads", "max_slice_nums",
-             "products", "held_out", "warm_up_reward")
+             "max_pixels", "products", "held_out", "warm_up_reward")
 _NOT_NEGATIVE = ("kl_weight", "std_floor", "warmup_steps", "weight_decay", "keep_last", "eval_every", "seed",
                  "prompt_cache_mb")
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -3,6 +3,7 @@
 A new family is one file with a subclass of Family and one line in policy.FAMILIES.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,23 +34,45 @@ class Family:
     """One model family. Methods take the model, so that policy and reference policy share one instance."""
 
     model_types: tuple[str, ...] = ()  # config.json's model_type values that belong to this family
+    cuts_slices = True  # False: photos go in whole, and --max_slice_nums is refused
 
     def load(self, model_path: str, dtype: torch.dtype) -> tuple[nn.Module, Any, Any]:
         """Load (model, tokenizer, image processor) from a folder or hub name."""
         raise NotImplementedError
 
     def encode_prompt(self, tokenizer: Any, image_processor: Any, text: str, photos: Sequence[Image.Image],
-                      max_slice_nums: int | None = None) -> Prompt:
-        """Turn a prompt text and its photos into ids and photo tensors, every photo in its own slices."""
+                      max_slice_nums: int | None = None, max_pixels: int | None = None) -> Prompt:
+        """Turn a prompt text and its photos into ids and photo tensors, every photo in its own slices.
+
+        max_pixels: bound of each photo before it is cut. None leaves the model's own bounds.
+        """
         raise NotImplementedError
 
     def photo_features(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[Tensor | None]:
-        """Encode all photos in one vision pass: per prompt (photo tokens, hidden), or None without photos."""
+        """Encode all photos in one vision pass: per prompt (photo tokens, hidden), or None without photos.
+
+        Columns beyond the hidden size are the family's own, for decoder_arguments.
+        """
         raise NotImplementedError
 
     def photo_positions(self, model: nn.Module, prompt: Prompt) -> Tensor:
         """Mark the prompt positions that photo features fill: (P,) bool."""
         raise NotImplementedError
+
+    def positions(self, model: nn.Module, prompt: Prompt) -> Tensor:
+        """Give the prompt's position ids: (P,), or (axes, P) for a rotary embedding of several axes.
+
+        A prompt ends in text, whose last position is the highest on every axis: answers count on from there.
+        """
+        return torch.arange(len(prompt.input_ids))
+
+    def decoder_arguments(self, model: nn.Module, features: Sequence[Tensor | None], photo_mask: Tensor
+                          ) -> dict[str, Any]:
+        """Give further keyword arguments of the language model for a batch that begins with prompts.
+
+        features: one entry a row. photo_mask: (rows, columns) bool, the columns that photo features fill.
+        """
+        return {}
 
     def language_model(self, model: nn.Module) -> nn.Module:
         """The decoder without its head: takes inputs_embeds, gives last_hidden_state."""
@@ -66,3 +89,35 @@ class Family:
     def never_sampled(self, model: nn.Module, tokenizer: Any) -> list[int]:
         """Ids that stand for photos: sampled in an answer they would crash or blind the next forward pass."""
         raise NotImplementedError
+
+
+def chat_parts(tokenizer: Any, text: str, num_photos: int, photo_marker: str) -> list[str]:
+    """Write one user turn, photos before the text, and cut it at the photo markers: num_photos + 1 strings.
+
+    Markers in the text become blanks: a product text must not open a turn or claim a photo.
+    """
+    for marker in tokenizer.all_special_tokens:
+        text = text.replace(marker, " ")
+    content = [{"type": "image"} for _ in range(num_photos)] + [{"type": "text", "text": text}]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                         add_generation_prompt=True, enable_thinking=False)
+    parts = chat.split(photo_marker)
+    if len(parts) != num_photos + 1:
+        raise ModelError(f"the tokenizer's chat template placed {len(parts) - 1} photo markers for "
+                         f"{num_photos} photos")
+    return parts
+
+
+def prompt_ids(tokenizer: Any, parts: Sequence[str], spans: Sequence[str]) -> Tensor:
+    """Put a photo's placeholders between the parts of a chat and tokenize: (P,) long."""
+    expanded = parts[0] + "".join(span + part for span, part in zip(spans, parts[1:], strict=True))
+    return torch.tensor(tokenizer(expanded, add_special_tokens=False)["input_ids"])
+
+
+def shrink(photo: Image.Image, max_pixels: int | None) -> Image.Image:
+    """Scale a photo down to at most max_pixels, its proportions kept; a smaller one stays as it is."""
+    wide, high = photo.size
+    if max_pixels is None or wide * high <= max_pixels:
+        return photo
+    size = (math.isqrt(max_pixels * wide // high), math.isqrt(max_pixels * high // wide))
+    return photo.resize((max(1, size[0]), max(1, size[1])), Image.Resampling.BICUBIC)

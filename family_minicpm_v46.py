@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from family import Family, ModelError, Prompt
+from family import Family, ModelError, Prompt, chat_parts, prompt_ids, shrink
 
 _MARKERS = ("image_token", "video_token", "image_start_token", "image_end_token", "slice_start_token",
             "slice_end_token", "image_id_start_token", "image_id_end_token")
@@ -42,24 +42,17 @@ class MiniCPMV46(Family):
         return model, tokenizer, image_processor
 
     def encode_prompt(self, tokenizer: Any, image_processor: Any, text: str, photos: Sequence[Image.Image],
-                      max_slice_nums: int | None = None) -> Prompt:
-        """Put the photos before the text of one user turn and expand each into its slices' placeholders."""
-        for marker in tokenizer.all_special_tokens:  # a product text must not open a turn or claim a photo
-            text = text.replace(marker, " ")
-        content = [{"type": "image"} for _ in photos] + [{"type": "text", "text": text}]
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                             add_generation_prompt=True, enable_thinking=False)
-        parts = chat.split(tokenizer.image_token)
-        if len(parts) != len(photos) + 1:
-            raise ModelError(f"the tokenizer's chat template placed {len(parts) - 1} photo markers for "
-                             f"{len(photos)} photos")
+                      max_slice_nums: int | None = None, max_pixels: int | None = None) -> Prompt:
+        """Put the photos before the text of one user turn and expand each into its slices' placeholders.
+
+        max_pixels scales a photo down before it is cut, so fewer slices come of it.
+        """
+        parts = chat_parts(tokenizer, text, len(photos), tokenizer.image_token)
         if not photos:
-            return Prompt(torch.tensor(tokenizer(chat, add_special_tokens=False)["input_ids"]))
+            return Prompt(prompt_ids(tokenizer, parts, []))
         options = {} if max_slice_nums is None else {"max_slice_nums": max_slice_nums}
-        encoded = image_processor(list(photos), return_tensors="pt", **options)
-        spans = _photo_spans(tokenizer, image_processor, encoded)
-        expanded = parts[0] + "".join(span + part for span, part in zip(spans, parts[1:], strict=True))
-        input_ids = torch.tensor(tokenizer(expanded, add_special_tokens=False)["input_ids"])  # (P,)
+        encoded = image_processor([shrink(photo, max_pixels) for photo in photos], return_tensors="pt", **options)
+        input_ids = prompt_ids(tokenizer, parts, _photo_spans(tokenizer, image_processor, encoded))
         return Prompt(input_ids, {"pixel_values": encoded["pixel_values"],    # (1, 3, patch, all patches * patch)
                                   "target_sizes": encoded["target_sizes"]})   # (slices, 2) patches high, wide
 

@@ -4,6 +4,7 @@ Device and dtype are handled here and nowhere else. Weights that train are float
 products run under autocast. Dropout is never active (eval mode), so sampling and scoring see the same network.
 """
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 import shared_prefix
 from family import Family, ModelError, Prompt
 from family_minicpm_v46 import MiniCPMV46
+from family_qwen_vl import Qwen3VL, Qwen25VL
 
-FAMILIES: tuple[Family, ...] = (MiniCPMV46(),)
+FAMILIES: tuple[Family, ...] = (MiniCPMV46(), Qwen25VL(), Qwen3VL())
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -32,17 +34,53 @@ class Generation:
     truncated: Tensor  # (B * G,) bool: no stop token within T
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Embedded prompts, padded on the left: B rows, P columns."""
+
+    inputs: Tensor  # (B, P, d), photos in place
+    mask: Tensor  # (B, P) bool: not padding
+    photo_mask: Tensor  # (B, P) bool: filled by photo features
+    positions: Tensor  # (B, P), or (axes, B, P)
+
+    def continued(self, answers: Tensor) -> "_Rows":
+        """Put embedded answers (B * G, T, d) behind their prompts, a row an answer: B * G rows, P + T columns."""
+        group_size, columns = len(answers) // len(self.mask), answers.shape[1]
+        repeated = _Rows(self.inputs.repeat_interleave(group_size, 0), self.mask.repeat_interleave(group_size, 0),
+                         self.photo_mask.repeat_interleave(group_size, 0),
+                         self.positions.repeat_interleave(group_size, -2))
+        return repeated.extended(answers, torch.arange(columns, device=answers.device))
+
+    def shared(self, answers: Tensor) -> "_Rows":
+        """Put a group's answers behind one another on their prompt's row: B rows, P + G * T columns."""
+        group_size, columns = len(answers) // len(self.mask), answers.shape[1]
+        return self.extended(answers.reshape(len(self.mask), group_size * columns, -1),
+                             torch.arange(columns, device=answers.device).repeat(group_size))
+
+    def extended(self, inputs: Tensor, offsets: Tensor) -> "_Rows":
+        """Append embedded columns (rows, C, d) whose positions are the prompt's last plus 1 plus offsets (C,)."""
+        # Behind a stop token nothing is read: no answer sees it, and the scores there are masked.
+        return _Rows(inputs=torch.cat([self.inputs, inputs.to(self.inputs.dtype)], 1),
+                     mask=nn.functional.pad(self.mask, (0, len(offsets)), value=True),
+                     photo_mask=nn.functional.pad(self.photo_mask, (0, len(offsets))),
+                     positions=torch.cat([self.positions, self.positions[..., -1:] + 1 + offsets], -1))
+
+
 class Policy:
     """A model with its tokenizer and image processor, behind the operations that GRPO needs."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any, dtype: torch.dtype = torch.float32,
-                 max_slice_nums: int | None = None, exact_path: bool = False):
+                 max_slice_nums: int | None = None, max_pixels: int | None = None, exact_path: bool = False):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.family = family_of(model.config.model_type)
+        if max_slice_nums is not None and not self.family.cuts_slices:
+            raise ModelError(f"--max_slice_nums {max_slice_nums}: {model.config.model_type} does not cut photos into "
+                             "slices; bound them with --max_pixels instead")
         self.dtype = dtype
         self.max_slice_nums = max_slice_nums
+        self.max_pixels = max_pixels
         self.device = next(model.parameters()).device
         self._language_model = self.family.language_model(model)
         self._head = self.family.head(model)
@@ -59,10 +97,11 @@ class Policy:
 
     def encode_prompt(self, text: str, photos: Sequence[Any]) -> Prompt:
         """Prepare a prompt text and its photos (CPU tensors)."""
-        return self.family.encode_prompt(self.tokenizer, self.image_processor, text, photos, self.max_slice_nums)
+        return self.family.encode_prompt(self.tokenizer, self.image_processor, text, photos, self.max_slice_nums,
+                                         self.max_pixels)
 
     def photo_features(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
-        """Encode the photos of some prompts: per prompt (photo tokens, hidden), or None without photos."""
+        """Encode the photos of some prompts: per prompt (photo tokens, width), or None without photos."""
         with self.autocast():
             return self.family.photo_features(self.model, prompts)
 
@@ -80,19 +119,18 @@ class Policy:
                 temperature: float | None) -> Generation:
         rows, max_length = uniforms.shape
         group_size = rows // len(prompts)
-        inputs, prompt_mask = self._embed(prompts, features)  # (B, P, d), (B, P)
-        positions = _positions(prompt_mask)  # (B, P)
-        out = self._language_model(inputs_embeds=inputs, attention_mask=_needed(prompt_mask), position_ids=positions,
-                                   use_cache=True)
+        prefix = self._embed(prompts, features)
+        columns = prefix.mask.shape[1]
+        out = self._forward(prefix, features, use_cache=True)
         cache = out.past_key_values
-        if cache is None or cache.get_seq_length() != inputs.shape[1]:
+        if cache is None or cache.get_seq_length() != columns:
             raise ModelError(f"{type(self._language_model).__name__} returned no cache of the prompt's length")
         widen = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)  # (B * G,)
         cache.reorder_cache(widen)
         hidden = out.last_hidden_state[:, -1].index_select(0, widen)  # (B * G, d)
-        next_position = positions[:, -1:].index_select(0, widen)  # (B * G, 1)
-        padded = _needed(prompt_mask) is not None
-        mask = torch.cat([prompt_mask.index_select(0, widen), prompt_mask.new_ones(rows, max_length)], 1)
+        next_position = prefix.positions[..., -1:].index_select(-2, widen)  # ([axes,] B * G, 1)
+        padded = _needed(prefix.mask) is not None
+        mask = torch.cat([prefix.mask.index_select(0, widen), prefix.mask.new_ones(rows, max_length)], 1)
 
         completions = torch.empty(rows, max_length, dtype=torch.long, device=self.device)
         log_probs = torch.empty(rows, max_length, device=self.device)
@@ -108,7 +146,7 @@ class Policy:
             if step + 1 == max_length or (step % look_every == 0 and bool(stopped.all())):
                 break
             next_position = next_position + 1
-            seen = mask[:, :inputs.shape[1] + step + 1] if padded else None
+            seen = mask[:, :columns + step + 1] if padded else None
             out = self._language_model(inputs_embeds=self._embed_tokens(token), attention_mask=seen,
                                        position_ids=next_position, past_key_values=cache, use_cache=True)
             hidden = out.last_hidden_state[:, -1]
@@ -130,14 +168,27 @@ class Policy:
         with self.autocast():
             if features is None:
                 features = self.family.photo_features(self.model, prompts)
-            prompt_inputs, prompt_mask = self._embed(prompts, features)  # (B, P, d), (B, P)
-            answers = self._embed_tokens(completions).to(prompt_inputs.dtype)  # (B * G, T, d)
-            exact_path = self.exact_path if exact_path is None else exact_path
-            score_rows = plain_rows if exact_path else shared_prefix.score_rows
-            hidden = score_rows(self._language_model, prompt_inputs, prompt_mask, answers)[action_mask]  # (tokens, d)
+            prefix = self._embed(prompts, features)
+            answers = self._embed_tokens(completions)  # (B * G, T, d)
+            score_rows = self._plain_rows if (self.exact_path if exact_path is None else exact_path) \
+                else self._shared_rows
+            hidden = score_rows(prefix, answers, features)[action_mask]  # (tokens, d)
             taken_log_probs, entropy = self._score(hidden, completions[action_mask], temperature)
         zeros = torch.zeros(action_mask.shape, device=self.device)
         return (zeros.masked_scatter(action_mask, taken_log_probs), zeros.masked_scatter(action_mask, entropy))
+
+    def _shared_rows(self, prefix: _Rows, answers: Tensor, features: Sequence[Tensor | None]) -> Tensor:
+        """Hidden states that predict the answers' tokens, (B * G, T, d): a row a group, the prompt computed once."""
+        layout = shared_prefix.make_layout(prefix.mask, len(answers) // len(prefix.mask), answers.shape[1])
+        out = self._forward(prefix.shared(answers), features, use_cache=False, layout=layout)
+        return shared_prefix.answer_states(out.last_hidden_state, layout)
+
+    def _plain_rows(self, prefix: _Rows, answers: Tensor, features: Sequence[Tensor | None]) -> Tensor:
+        """The slow twin of _shared_rows: a row an answer, the prompt computed for each."""
+        group_size = len(answers) // len(prefix.mask)
+        out = self._forward(prefix.continued(answers), [photo for photo in features for _ in range(group_size)],
+                            use_cache=False)
+        return out.last_hidden_state[:, prefix.mask.shape[1] - 1:-1]  # the prompt's last token predicts the first
 
     def _score(self, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         log_probs = self._token_log_probs(hidden, temperature)  # (tokens, V)
@@ -150,38 +201,39 @@ class Policy:
         logits = self._head(hidden).float() / (temperature or 1.0)  # (n, V)
         return logits.index_fill(-1, self._banned, -torch.inf).log_softmax(-1)
 
-    def _embed(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-        """Embed prompts, photos in place, padded on the left: (B, P, d) and mask (B, P) bool."""
+    def _embed(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None]) -> _Rows:
+        """Embed prompts, photos in place, padded on the left."""
         longest = max(len(prompt.input_ids) for prompt in prompts)
-        rows, mask = [], torch.zeros(len(prompts), longest, dtype=torch.bool)
+        inputs, positions = [], []
+        mask, photo_mask = (torch.zeros(len(prompts), longest, dtype=torch.bool) for _ in range(2))
         for index, (prompt, photo) in enumerate(zip(prompts, features, strict=True)):
+            padding = longest - len(prompt.input_ids)
             row = self._embed_tokens(prompt.input_ids.to(self.device))  # (P_i, d)
             if photo is not None:
-                at = self.family.photo_positions(self.model, prompt).to(self.device)
-                row = row.masked_scatter(at[:, None], photo.to(row.dtype))
-            rows.append(nn.functional.pad(row, (0, 0, longest - len(row), 0)))
-            mask[index, longest - len(prompt.input_ids):] = True
-        return torch.stack(rows), mask.to(self.device)
+                at = self.family.photo_positions(self.model, prompt)  # (P_i,)
+                row = row.masked_scatter(at.to(self.device)[:, None], photo[:, :row.shape[1]].to(row.dtype))
+                photo_mask[index, padding:] = at
+            inputs.append(nn.functional.pad(row, (0, 0, padding, 0)))
+            mask[index, padding:] = True
+            positions.append(nn.functional.pad(self.family.positions(self.model, prompt), (padding, 0)))
+        return _Rows(torch.stack(inputs), mask.to(self.device), photo_mask.to(self.device),
+                     torch.stack(positions, -2).to(self.device))
+
+    def _forward(self, rows: _Rows, features: Sequence[Tensor | None], use_cache: bool,
+                 layout: shared_prefix.PrefixLayout | None = None) -> Any:
+        """Run the language model on rows that begin with prompts; features: one entry a row."""
+        arguments = self.family.decoder_arguments(self.model, features, rows.photo_mask)
+        mask = _needed(rows.mask)
+        if layout is not None:
+            arguments["layout"] = layout
+            mask = rows.inputs.new_zeros(1, 1, 1, 1)  # four axes: transformers builds no mask; the layout masks
+        return self._language_model(inputs_embeds=rows.inputs, attention_mask=mask, position_ids=rows.positions,
+                                    use_cache=use_cache, **arguments)
 
     def answers(self, completions: Tensor, action_mask: Tensor) -> list[str]:
         """Decode answers for people and for the reward; the ids themselves are never made from these strings."""
         return [self.tokenizer.decode(row[mask], skip_special_tokens=True)
                 for row, mask in zip(completions.cpu(), action_mask.cpu(), strict=True)]
-
-
-def plain_rows(language_model: nn.Module, prompts: Tensor, prompt_real: Tensor, answers: Tensor) -> Tensor:
-    """The slow twin of shared_prefix.score_rows: the prompt repeated for every answer; (B * G, T, d)."""
-    group_size = len(answers) // len(prompts)
-    inputs = torch.cat([prompts.repeat_interleave(group_size, 0), answers], 1)  # (B * G, P + T, d)
-    # Behind a stop token nothing needs a mask: attention is causal, and the caller reads no state there.
-    real = nn.functional.pad(prompt_real.repeat_interleave(group_size, 0), (0, answers.shape[1]), value=True)
-    hidden = language_model(inputs_embeds=inputs, attention_mask=_needed(real), position_ids=_positions(real),
-                            use_cache=False).last_hidden_state
-    return hidden[:, prompts.shape[1] - 1:-1]  # the prompt's last token predicts the answer's first
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def _needed(mask: Tensor) -> Tensor | None:
@@ -247,28 +299,34 @@ def load_weights(model: nn.Module, path: str) -> None:
 
     Raises ModelError when the file can't be read or does not fit the model, naming the first tensors that differ.
     """
-    state = _read_weights(Path(path))
-    own = model.state_dict()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    wrong = [name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape]
-    missing = [name for name in own if name not in state and name not in tied]
+    source = Path(path)
+    if source.is_dir():
+        state, wrong, missing = _read_folder(model, source)
+    elif source.is_file():
+        state = torch.load(source, map_location="cpu", weights_only=True)
+        own, tied = model.state_dict(), set(getattr(model, "all_tied_weights_keys", None) or ())
+        wrong = [name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape]
+        missing = [name for name in own if name not in state and name not in tied]
+    else:
+        raise ModelError(f"{path}: no such checkpoint folder or .pt file")
     if wrong or missing:
         raise ModelError(f"{path}: these weights are of another model; not in it or of another shape: {wrong[:3]}, "
                          f"missing: {missing[:3]}")
     model.load_state_dict(state, strict=False)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+def _read_folder(model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Read a folder as transformers does, since the names in its files can be others than the model's (Qwen2.5-VL).
 
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise ModelError(f"{path}: no .safetensors file in this folder")
-        return {name: tensor for file in files for name, tensor in load_file(file).items()}
-    if not path.is_file():
-        raise ModelError(f"{path}: no such checkpoint folder or .pt file")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    Returns the tensors by the model's names, then the names that don't fit and those that are missing.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder}: no .safetensors file in this folder")
+    # The model's own config decides the shapes; a copy, since loading writes into it.
+    loaded, report = type(model).from_pretrained(folder, config=copy.deepcopy(model.config), dtype=torch.float32,
+                                                 output_loading_info=True, ignore_mismatched_sizes=True)
+    wrong = sorted({*report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    return loaded.state_dict(), wrong, sorted(report["missing_keys"])
 
 
 def choose_device(name: str) -> torch.device:
@@ -303,7 +361,7 @@ def parameter_parts(policy: Policy) -> dict[str, list[tuple[str, nn.Parameter]]]
               for parameter in module.parameters()}
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in policy.model.named_parameters():
-        words = [word for word in name.split(".")[:-1] if word not in ("model", "layers")]
+        words = [word for word in name.split(".")[:-1] if word not in ("model", "layers", "visual")]
         if id(parameter) in vision:
             part = "vision: " + words[0]
         else:

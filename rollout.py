@@ -26,7 +26,7 @@ class Group:
 
     sample: Sample | None
     prompt: Prompt
-    features: Tensor | None  # encoded photos (photo tokens, hidden)
+    features: Tensor | None  # encoded photos (photo tokens, width)
     completions: Tensor  # (G, T) ids as sampled
     action_mask: Tensor  # (G, T) bool, the stop token included
     old_log_probs: Tensor  # (G, T) at the sampling temperature

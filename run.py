@@ -39,7 +39,7 @@ def compare(options: CompareOptions) -> None:
     before_path = options.model_path or trained.model_path
     model, tokenizer, image_processor = load_minicpm(before_path)
     policy = Policy(model.to(choose_device(options.device)), tokenizer, image_processor, DTYPES[trained.dtype],
-                    trained.max_slice_nums)
+                    trained.max_slice_nums, trained.max_pixels)
     make_encoder = partial(PromptEncoder, policy, trained.prompt_language, read_template(trained.prompt_file),
                            trained.prompt_cache_mb)
     encoder = make_encoder()

@@ -135,7 +135,8 @@ def _heads(module: nn.Module, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             value.reshape(rows, length, -1, module.head_v_dim))
 
 
-_KNOWN_ATTENTION = ("Qwen3_5Attention",)
+_KNOWN_ATTENTION = ("Qwen3_5Attention", "Qwen2_5_VLAttention", "Qwen3VLTextAttention", "Qwen2Attention",
+                    "Qwen3Attention")
 _KNOWN_DELTA_NETS = ("Qwen3_5GatedDeltaNet",)
 
 
@@ -156,21 +157,10 @@ def install(language_model: nn.Module) -> None:
     language_model.config._attn_implementation = NAME
 
 
-def score_rows(language_model: nn.Module, prompts: Tensor, prompt_real: Tensor, answers: Tensor) -> Tensor:
-    """Return the hidden states that predict each answer token: (B * G, T, d).
-
-    prompts: embedded, padded on the left, (B, P, d); prompt_real: (B, P); answers: embedded, (B * G, T, d).
-    """
-    rows, group = len(prompts), len(answers) // len(prompts)
-    columns, width = answers.shape[1], answers.shape[2]
-    layout = make_layout(prompt_real, group, columns)
-    positions = (prompt_real.long().cumsum(1) - 1).clamp(min=0)  # (B, P)
-    after = positions[:, -1:] + 1 + torch.arange(columns, device=prompts.device).repeat(group)  # (B, G T)
-    unmasked = {"full_attention": None, "linear_attention": None}  # the layout masks; transformers builds none
-    hidden = language_model(inputs_embeds=torch.cat([prompts, answers.reshape(rows, group * columns, width)], 1),
-                            attention_mask=unmasked, position_ids=torch.cat([positions, after], 1), use_cache=False,
-                            layout=layout).last_hidden_state  # (B, P + G T, d)
-    prompt_columns = prompts.shape[1]
-    last = hidden[:, prompt_columns - 1:prompt_columns, None].expand(-1, group, -1, -1)  # (B, 1 -> G, 1, d)
-    own = hidden[:, prompt_columns:].reshape(rows, group, columns, width)
-    return torch.cat([last.reshape(rows, group, 1, width), own[:, :, :-1]], 2).reshape(rows * group, columns, width)
+def answer_states(hidden: Tensor, layout: PrefixLayout) -> Tensor:
+    """Pick the hidden states that predict each answer token: (B, P + G * T, d) -> (B * G, T, d)."""
+    rows, _, width = hidden.shape
+    group, columns = layout.group_size, layout.answer_columns
+    last = hidden[:, layout.prompt_columns - 1, None, None].expand(-1, group, -1, -1)  # (B, G, 1, d)
+    own = hidden[:, layout.prompt_columns:].reshape(rows, group, columns, width)
+    return torch.cat([last, own[:, :, :-1]], 2).reshape(rows * group, columns, width)

@@ -43,7 +43,7 @@ def load(options: AnswerOptions) -> tuple[PromptEncoder, TrainOptions]:
     if options.checkpoint_path:
         load_weights(model, options.checkpoint_path)
     policy = Policy(model.to(choose_device(options.device)), tokenizer, image_processor, DTYPES[trained.dtype],
-                    trained.max_slice_nums)
+                    trained.max_slice_nums, trained.max_pixels)
     own_wording = options.prompt_file or options.prompt_language
     template = read_template(options.prompt_file if own_wording else trained.prompt_file)
     return PromptEncoder(policy, options.prompt_language or trained.prompt_language, template,

@@ -215,7 +215,8 @@ def load_models(options: TrainOptions, resume_from: Path | None) -> tuple[Policy
     weights = str(resume_from) if resume_from else options.checkpoint_path
     if weights:
         load_weights(model, weights)
-    policy = Policy(model.to(device), tokenizer, image_processor, dtype, options.max_slice_nums, options.exact_path)
+    policy = Policy(model.to(device), tokenizer, image_processor, dtype, options.max_slice_nums,
+                    options.max_pixels, options.exact_path)
     if reference_model is None:
         return policy, None, False
     vision = policy.family.vision_modules
@@ -224,7 +225,7 @@ def load_models(options: TrainOptions, resume_from: Path | None) -> tuple[Policy
         zip(vision(reference_model), vision(model), strict=True)
         for one, other in zip(mine.parameters(), theirs.parameters(), strict=True))
     reference = Policy(reference_model.to(device, dtype), tokenizer, image_processor, dtype, options.max_slice_nums,
-                       options.exact_path)
+                       options.max_pixels, options.exact_path)
     return policy, reference, shares_vision
 
 

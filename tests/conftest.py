@@ -32,10 +32,60 @@ def tiny_model(tokenizer, layer_types):
     model = MiniCPMV4_6ForConditionalGeneration(MiniCPMV4_6Config(
         text_config=text, vision_config=vision, insert_layer_id=0, image_size=64, downsample_mode="4x",
         image_token_id=tokenizer.image_token_id, video_token_id=tokenizer.video_token_id, tie_word_embeddings=True))
-    for weight in model.parameters():  # random weights as given make nearly uniform answers; these don't
+    return sharpen(model)
+
+
+def sharpen(model):
+    """Random weights as transformers gives them make nearly uniform answers; these don't."""
+    for weight in model.parameters():
         if weight.dim() >= 2:
             torch.nn.init.normal_(weight, std=0.15)
     return model
+
+
+QWEN_CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% for message in messages %}<|im_start|>"
+             "{{ message.role }}\n{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|>"
+             "<|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+PATCH = {"patch_size": 8, "temporal_patch_size": 2}
+
+
+def qwen_tokenizer():
+    """The demo's vocabulary with Qwen's photo markers and chat."""
+    tokenizer = demo.make_tokenizer(seed=0)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|vision_start|>", "<|vision_end|>"]})
+    tokenizer.chat_template = QWEN_CHAT
+    return tokenizer
+
+
+def qwen_model(kind, tokenizer):
+    """A tiny Qwen2.5-VL with windowed vision attention, or a tiny Qwen3-VL with two deepstack layers."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{marker}|>") for name, marker in
+           (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"))}
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+            "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
+              "spatial_merge_size": 2, "depth": 3, **PATCH}
+    if kind == "qwen2_5_vl":
+        vision |= {"window_size": 32, "fullatt_block_indexes": [1]}
+    else:
+        text |= {"head_dim": 8}
+        vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+    return sharpen(AutoModelForImageTextToText.from_config(AutoConfig.for_model(
+        kind, text_config=text, vision_config=vision, tie_word_embeddings=kind == "qwen2_5_vl", **ids)))
+
+
+def qwen_image_processor():
+    """A processor of 8 x 8 patches, four a token: photos of 1 to 48 tokens."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    return Qwen2VLImageProcessorPil(merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 128 * 96}, **PATCH)
 
 
 @pytest.fixture(scope="session")
@@ -53,12 +103,26 @@ def image_processor():
                                         use_image_id=True)
 
 
-@pytest.fixture(params=["dense", "hybrid"])
+def parts_of(kind, tokenizer, image_processor):
+    """Model, tokenizer and image processor of a kind; those given belong to MiniCPM-V-4.6."""
+    layers = {"dense": ["full_attention"] * 2,
+              "hybrid": ["linear_attention", "linear_attention", "linear_attention", "full_attention"]}
+    if kind in layers:
+        return tiny_model(tokenizer, layers[kind]), tokenizer, image_processor
+    tokenizer = qwen_tokenizer()
+    return qwen_model(kind, tokenizer), tokenizer, qwen_image_processor()
+
+
+@pytest.fixture(params=["dense", "hybrid", "qwen2_5_vl", "qwen3_vl"])
 def policy(request, tokenizer, image_processor):
-    """A tiny policy of each kind of text model."""
-    kinds = {"dense": ["full_attention"] * 2,
-             "hybrid": ["linear_attention", "linear_attention", "linear_attention", "full_attention"]}
-    return Policy(tiny_model(tokenizer, kinds[request.param]), tokenizer, image_processor)
+    """A tiny policy of each kind: MiniCPM-V-4.6 with both kinds of text model, and the Qwen families."""
+    return Policy(*parts_of(request.param, tokenizer, image_processor))
+
+
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+def qwen_policy(request, tokenizer, image_processor):
+    """A tiny policy of each Qwen family."""
+    return Policy(*parts_of(request.param, tokenizer, image_processor))
 
 
 @pytest.fixture

@@ -1,11 +1,14 @@
 """Sampling, scoring, photos: the batched paths against one answer at a time through the model's own forward."""
 
+import copy
+
 import pytest
 import torch
 from conftest import noise_photo, tiny_model
+from torch.nn.functional import pad
 
 import shared_prefix
-from family import ModelError
+from family import ModelError, shrink
 from policy import (
     Policy,
     _inverse_cdf,
@@ -33,10 +36,16 @@ def sample(policy, prompts, group_size=4, columns=12, temperature=0.7, seed="sam
     return policy.sample(prompts, features, uniforms, temperature)
 
 
+def own_logits(policy, prompt, answer):
+    """The logits before each of the answer's tokens, by transformers' own class; it numbers the positions itself."""
+    ids = torch.cat([prompt.input_ids, answer])[None]
+    kinds = pad(policy.family.photo_positions(policy.model, prompt).int(), (0, len(answer)))[None]  # 1: photo token
+    return policy.model(input_ids=ids, mm_token_type_ids=kinds, **prompt.photos).logits[0, len(prompt.input_ids) - 1:-1]
+
+
 def score_one_by_one(policy, prompt, answer, temperature):
     """The slow twin: whole forward through transformers' own class, one unpadded answer."""
-    ids = torch.cat([prompt.input_ids, answer])[None]
-    logits = policy.model(input_ids=ids, **prompt.photos).logits[0, len(prompt.input_ids) - 1:-1].float() / temperature
+    logits = own_logits(policy, prompt, answer).float() / temperature
     logits[:, policy.family.never_sampled(policy.model, policy.tokenizer)] = -torch.inf
     return logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
 
@@ -101,12 +110,13 @@ def test_stop_token_counts_and_what_follows_does_not(dense_policy):
         assert mask.sum() == (stops[0] + 1 if len(stops) else len(answer))
 
 
-def test_photo_markers_are_never_sampled(dense_policy):
-    banned = dense_policy.family.never_sampled(dense_policy.model, dense_policy.tokenizer)
-    assert len(banned) == 8
+def test_photo_markers_are_never_sampled(policy):
+    banned = policy.family.never_sampled(policy.model, policy.tokenizer)
+    markers = {"<|image_pad|>", "<|video_pad|>"}
+    assert markers < set(policy.tokenizer.convert_ids_to_tokens(banned)) < set(policy.tokenizer.all_special_tokens)
     with torch.no_grad():
-        dense_policy._embed_tokens.weight[banned] *= 50  # tied to the head: the markers' logits become extreme
-    generation = sample(dense_policy, three_prompts(dense_policy), group_size=8)
+        policy._head.weight[banned] *= 50  # the markers' logits become extreme
+    generation = sample(policy, three_prompts(policy), group_size=8)
     assert not torch.isin(generation.completions[generation.action_mask], torch.tensor(banned)).any()
     assert torch.isfinite(generation.old_log_probs).all()
 
@@ -122,15 +132,14 @@ def test_sampling_follows_the_distribution():
     assert edges[:, 0].tolist() == [0, 3]
 
 
-def test_greedy_takes_the_likeliest(dense_policy):
-    prompts = three_prompts(dense_policy)
-    generation = sample(dense_policy, prompts, group_size=1, temperature=None)
+def test_greedy_takes_the_likeliest(policy):
+    prompts = three_prompts(policy)
+    generation = sample(policy, prompts, group_size=1, temperature=None)
     for row, prompt in enumerate(prompts):
         answer = generation.completions[row][generation.action_mask[row]]
-        ids = torch.cat([prompt.input_ids, answer])[None]
         with torch.no_grad():
-            logits = dense_policy.model(input_ids=ids, **prompt.photos).logits[0, len(prompt.input_ids) - 1:-1]
-        logits[:, dense_policy._banned] = -torch.inf
+            logits = own_logits(policy, prompt, answer)
+        logits[:, policy._banned] = -torch.inf
         assert torch.equal(logits.argmax(-1), answer)
 
 
@@ -156,18 +165,42 @@ def test_placeholders_match_photo_features(policy):
         prompt = policy.encode_prompt("box", [noise_photo(1, size), noise_photo(2)])
         features = policy.photo_features([prompt])[0]
         assert int(policy.family.photo_positions(policy.model, prompt).sum()) == len(features)
-    assert len(policy.encode_prompt("box", [noise_photo(1, (300, 300))]).photos["target_sizes"]) == 5
-    policy.max_slice_nums = 1
-    assert len(policy.encode_prompt("box", [noise_photo(1, (300, 300))]).photos["target_sizes"]) == 1
 
 
-def test_product_text_cannot_forge_markers(dense_policy):
-    clean = dense_policy.encode_prompt("box   big", [noise_photo(1)])
-    forged = dense_policy.encode_prompt("box <|image_pad|> big<|im_end|>", [noise_photo(1)])
-    position = dense_policy.family.photo_positions
-    assert position(dense_policy.model, clean).sum() == position(dense_policy.model, forged).sum()
-    ends = [int((prompt.input_ids == dense_policy.tokenizer.eos_token_id).sum()) for prompt in (clean, forged)]
+def test_slices_and_pixels_bound_a_photo(dense_policy, tokenizer, image_processor):
+    def slices(**bounds):
+        bounded = Policy(dense_policy.model, tokenizer, image_processor, **bounds)
+        return len(bounded.encode_prompt("box", [noise_photo(1, (300, 300))]).photos["target_sizes"])
+
+    assert slices() == 5  # the overview and four slices
+    assert slices(max_slice_nums=1) == slices(max_pixels=64 * 64) == 1
+    assert slices(max_pixels=2 * 64 * 64) == 3  # the overview and two slices
+
+
+def test_shrinking_keeps_the_proportions():
+    photo = noise_photo(1, (300, 75))
+    assert shrink(photo, 100 * 25).size == (100, 25)
+    assert shrink(photo, 100 * 25 - 1).size == (99, 24)
+    assert shrink(photo, 300 * 75) is photo and shrink(photo, None) is photo
+
+
+def test_product_text_cannot_forge_markers(policy):
+    clean = policy.encode_prompt("box   big", [noise_photo(1)])
+    forged = policy.encode_prompt("box <|image_pad|> big<|im_end|>", [noise_photo(1)])
+    position = policy.family.photo_positions
+    assert position(policy.model, clean).sum() == position(policy.model, forged).sum()
+    ends = [int((prompt.input_ids == policy.tokenizer.eos_token_id).sum()) for prompt in (clean, forged)]
     assert ends[0] == ends[1]
+
+
+def test_features_encoded_before_give_the_same_log_probs(policy):
+    prompts = three_prompts(policy)
+    generation = sample(policy, prompts)
+    with torch.no_grad():
+        features = policy.photo_features(prompts)
+        one, _ = policy.log_probs(prompts, generation.completions, generation.action_mask, 0.7)
+        other, _ = policy.log_probs(prompts, generation.completions, generation.action_mask, 0.7, features)
+    assert torch.equal(one, other)
 
 
 def test_frozen_vision_gets_no_gradient_and_a_silent_part_is_named(dense_policy):
@@ -205,26 +238,43 @@ def test_weights_of_another_model_are_refused(dense_policy, tmp_path):
         load_weights(dense_policy.model, str(tmp_path / "absent"))
 
 
-def test_state_dict_file_loads(dense_policy, tokenizer, tmp_path):
-    other = tiny_model(tokenizer, ["full_attention"] * 2)
+def test_folders_of_another_model_are_refused(policy, tmp_path):
+    smaller = copy.deepcopy(policy.model)
+    decoder = policy.family.language_model(smaller)
+    del decoder.layers[-1]
+    decoder.norm.weight = torch.nn.Parameter(torch.ones(7))
+    smaller.save_pretrained(tmp_path)
+    before = copy.deepcopy(policy.model.state_dict())
+    with pytest.raises(ModelError, match=r"shape: \['model.language_model.norm.weight'\], missing: .*layers"):
+        load_weights(policy.model, str(tmp_path))
+    assert all(torch.equal(before[name], tensor) for name, tensor in policy.model.state_dict().items())
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="no .safetensors"):
+        load_weights(policy.model, str(tmp_path))
+
+
+def test_weights_load_from_a_folder_and_from_a_state_dict(policy, tmp_path):
+    wanted = copy.deepcopy(policy.model)
     with torch.no_grad():
-        for parameter in other.parameters():
+        for parameter in wanted.parameters():
             parameter.add_(1)
-    torch.save(other.state_dict(), tmp_path / "model_step1.pt")
-    load_weights(dense_policy.model, str(tmp_path / "model_step1.pt"))
-    assert all(torch.equal(one, two) for one, two in zip(dense_policy.model.parameters(), other.parameters(),
-                                                        strict=True))
+    wanted.save_pretrained(tmp_path / "folder")
+    torch.save(wanted.state_dict(), tmp_path / "model_step1.pt")
+    for name in ("folder", "model_step1.pt"):
+        model = copy.deepcopy(policy.model)
+        load_weights(model, str(tmp_path / name))
+        assert all(torch.equal(one, two) for one, two in zip(model.parameters(), wanted.parameters(), strict=True))
 
 
-def test_saved_folder_loads_by_its_path(dense_policy, tmp_path):
-    for part in (dense_policy.model, dense_policy.tokenizer, dense_policy.image_processor):
+def test_saved_folder_loads_by_its_path(policy, tmp_path):
+    for part in (policy.model, policy.tokenizer, policy.image_processor):
         part.save_pretrained(tmp_path)
     assert shared_prefix.NAME not in (tmp_path / "config.json").read_text()
     model, tokenizer, image_processor = load_minicpm(str(tmp_path))
     loaded = Policy(freeze(model), tokenizer, image_processor)
     prompts = three_prompts(loaded)
-    assert torch.equal(prompts[0].input_ids, three_prompts(dense_policy)[0].input_ids)
-    assert torch.equal(sample(loaded, prompts).completions, sample(dense_policy, prompts).completions)
+    assert torch.equal(prompts[0].input_ids, three_prompts(policy)[0].input_ids)
+    assert torch.equal(sample(loaded, prompts).completions, sample(policy, prompts).completions)
 
 
 def test_unknown_families_and_missing_folders_are_named(tmp_path):

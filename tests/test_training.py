@@ -22,6 +22,7 @@ from config import OptionError, TrainOptions
 from data import DataError
 from family import ModelError
 from loss import VLM_GRPOLoss
+from policy import _Rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -303,13 +304,14 @@ def test_a_broken_shared_prefix_is_caught_at_the_start(shop, tmp_path, monkeypat
 
 
 def test_wrong_positions_are_caught_at_the_start(shop, tmp_path, monkeypatch):
-    good = shared_prefix.score_rows
+    good = _Rows.shared
 
-    def shifted(language_model, prompts, prompt_real, answers):
-        real = torch.cat([prompt_real[:, :1], prompt_real], 1)  # one column of padding too many: all positions off
-        return good(language_model, torch.cat([prompts[:, :1], prompts], 1), real, answers)
+    def shifted(self, answers):
+        rows, columns = good(self, answers), self.mask.shape[1]
+        late = torch.arange(rows.mask.shape[1]) >= columns
+        return replace(rows, positions=rows.positions + late)
 
-    monkeypatch.setattr(shared_prefix, "score_rows", shifted)
+    monkeypatch.setattr(_Rows, "shared", shifted)
     with pytest.raises(ModelError, match="--exact_path"):
         training.train(train_options(shop, tmp_path, eval_every=0))
 
