@@ -219,7 +219,7 @@ class DemoOptions:
     output_dir: str = option("demo", "folder for model, sheets and photos")
     products: int = option(800, "products to train on")
     held_out: int = option(96, "products held out")
-    warm_up_reward: float = option(0.60, "the warm-up stops when sampled answers reach this mean reward")
+    warm_up_steps: int = option(550, "steps of the warm-up before GRPO")
     seed: int = option(0, "seed of catalogue, model and warm-up")
 
     def check(self) -> None:
@@ -230,7 +230,7 @@ class DemoOptions:
 _POSITIVE = ("group_size", "batch_size", "max_length", "temperature", "rollout_batch_size", "lr", "max_grad_norm",
              "epochs", "minibatch_size", "micro_batch_size", "max_bad_steps", "max_steps", "save_every",
              "eval_samples", "num_samples", "eval_batch_size", "max_products", "num_threads", "max_slice_nums",
-             "max_pixels", "products", "held_out", "warm_up_reward")
+             "max_pixels", "products", "held_out", "warm_up_steps")
 _NOT_NEGATIVE = ("kl_weight", "std_floor", "warmup_steps", "weight_decay", "keep_last", "eval_every", "seed",
                  "prompt_cache_mb")
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {

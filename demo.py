@@ -1,11 +1,11 @@
 """Make the embedded default: a tiny MiniCPM-V-4.6, a catalogue drawn here, a warm-up in place of pretraining.
 
-    python demo.py                                      # writes demo/, under a minute on one core; then cached
+    python demo.py                                      # writes demo/, about a minute on one core; then cached
     python train_vlm_parallel.py --config demo.yaml     # GRPO on it
 
 A product's text names its category and the spacing of the measuring grid (5, 10 or 20 cm); its two photos show it
 from the front and from the side on that grid. Size = grid cells x spacing: neither text nor photos are enough.
-The warm-up learns from blurred labels of other products, so that GRPO has something left to teach.
+The warm-up learns from other products whose cells were badly counted, so that GRPO has something left to teach.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from config import DemoOptions, parse_options
@@ -44,8 +45,8 @@ SPACINGS = (5, 10, 20)  # cm
 COLOURS = {"mug": (70, 110, 180), "box": (170, 120, 60), "lamp": (200, 160, 40), "chair": (120, 70, 40),
            "bag": (60, 130, 90), "shelf": (140, 140, 150), "vase": (150, 60, 110), "toy": (210, 80, 60)}
 TEMPLATE = "{text}"  # the tiny model has learnt what is asked; a real one is told by prompts.py
-BLUR = 0.25  # standard deviation of the log of the warm-up's label errors
-WARM_UP_BATCH, WARM_UP_LR, LOOK_EVERY, MOST_STEPS = 32, 3e-3, 25, 600
+MISCOUNT = 0.45  # standard deviation of the log of the warm-up's counting errors: perfect imitation earns 0.68
+LESSONS, WARM_UP_BATCH, WARM_UP_LR, LOG_EVERY = 2500, 16, 5e-3, 50
 MARKERS = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "image_start_token": "<image>",
            "image_end_token": "</image>", "slice_start_token": "<slice>", "slice_end_token": "</slice>",
            "image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>"}
@@ -142,13 +143,11 @@ def make_model(tokenizer: Any, seed: int) -> tuple[nn.Module, Any]:
     model = MiniCPMV4_6ForConditionalGeneration(MiniCPMV4_6Config(
         text_config=text, vision_config=vision, insert_layer_id=0, image_size=PIXELS, downsample_mode="4x",
         image_token_id=tokenizer.image_token_id, video_token_id=tokenizer.video_token_id, tie_word_embeddings=True))
-    # transformers initialises tower and merger for weights that are loaded later; from scratch they need these.
-    for name, weight in model.model.vision_tower.named_parameters():
-        if weight.dim() >= 2 and "position" not in name:
-            nn.init.xavier_uniform_(weight.view(len(weight), -1))
-    for weight in model.model.merger.parameters():
-        if weight.dim() >= 2:
-            nn.init.normal_(weight, std=0.02)
+    # transformers initialises tower and merger for weights that are loaded later; from scratch they need this.
+    for part in (model.model.vision_tower, model.model.merger):
+        for name, weight in part.named_parameters():
+            if weight.dim() >= 2 and "position" not in name:
+                nn.init.xavier_uniform_(weight.view(len(weight), -1))
     processor = MiniCPMV4_6ImageProcessorPil(max_slice_nums=1, scale_resolution=PIXELS, patch_size=16,
                                              downsample_mode="4x", use_image_id=False)
     return model, processor
@@ -160,22 +159,25 @@ def encode(policy: Policy, product: Product, rng: random.Random) -> Prompt:
     return policy.encode_prompt(build_prompt(product.text, photos, template=TEMPLATE), photos)
 
 
+def miscounted(product: Product, rng: random.Random) -> list[int]:
+    """Size a product as one would who counts the grid's cells badly, in cm."""
+    return [max(1, round(cells * math.exp(rng.gauss(0, MISCOUNT)))) * product.spacing for cells in product.cells]
+
+
 def warm_up(policy: Policy, options: DemoOptions) -> float:
-    """Imitate blurred labels until sampled answers reach options.warm_up_reward; returns the reward reached."""
+    """Imitate miscounted sizes for options.warm_up_steps; returns the mean reward that sampled answers then earn."""
     rng = random.Random(f"warm-up/{options.seed}")
     tokenizer = policy.tokenizer
     lessons = []
-    for product in (draw_product(rng) for _ in range(2500)):
-        blurred = [max(1, round(size * math.exp(rng.gauss(0, BLUR)))) for size in product.label]
-        ids = tokenizer(answer_text(blurred))["input_ids"] + [tokenizer.eos_token_id]
+    for product in (draw_product(rng) for _ in range(LESSONS)):
+        ids = tokenizer(answer_text(miscounted(product, rng)))["input_ids"] + [tokenizer.eos_token_id]
         lessons.append((encode(policy, product, rng), torch.tensor(ids)))
     probe = [draw_product(rng) for _ in range(96)]
     prompts = [encode(policy, product, rng) for product in probe]
     parameters = set_trainable(policy, train_vision=True)
     optimizer = torch.optim.AdamW(parameters, lr=WARM_UP_LR, betas=(0.9, 0.95), weight_decay=0.01)
-    reached = 0.0
-    for step in range(1, MOST_STEPS + 1):
-        optimizer.param_groups[0]["lr"] = WARM_UP_LR * min(1, step / 20)
+    for step in range(options.warm_up_steps):
+        optimizer.param_groups[0]["lr"] = WARM_UP_LR * min(1, (step + 1) / 20) * (1 - step / options.warm_up_steps)
         batch = rng.choices(lessons, k=WARM_UP_BATCH)
         answers, mask = pad_answers([answer for _, answer in batch])  # (B, T), (B, T)
         log_probs, _ = policy.log_probs([prompt for prompt, _ in batch], answers, mask, temperature=1.0)
@@ -184,12 +186,9 @@ def warm_up(policy: Policy, options: DemoOptions) -> float:
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if step % LOOK_EVERY == 0:
-            reached = sampled_reward(policy, probe, prompts, f"{options.seed}/{step}")
-            logger.info(f"warm-up step {step}: loss {float(loss.detach()):.3f}, sampled reward {reached:.3f}")
-            if reached >= options.warm_up_reward:
-                break
-    return reached
+        if (step + 1) % LOG_EVERY == 0:
+            logger.info(f"warm-up step {step + 1} of {options.warm_up_steps}: loss {float(loss.detach()):.3f}")
+    return sampled_reward(policy, probe, prompts, f"{options.seed}/probe")
 
 
 def pad_answers(answers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -200,13 +199,12 @@ def pad_answers(answers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def sampled_reward(policy: Policy, products: Sequence[Product], prompts: Sequence[Prompt], seed: str) -> float:
-    """Sample one answer a product at temperature 1 and average the rewards."""
+    """Sample two answers a product at temperature 1 and average the rewards."""
     with torch.no_grad():
         features = policy.photo_features(prompts)
-    generation = policy.sample(prompts, features, draw_uniforms(seed, len(prompts), 24), temperature=1.0)
+    generation = policy.sample(prompts, features, draw_uniforms(seed, 2 * len(prompts), 24), temperature=1.0)
     answers = policy.answers(generation.completions, generation.action_mask)
-    return sum(score_answer(answer, product.label).reward
-               for answer, product in zip(answers, products, strict=True)) / len(answers)
+    return fmean(score_answer(answer, products[index // 2].label).reward for index, answer in enumerate(answers))
 
 
 def write_catalogue(folder: Path, name: str, products: Iterator[Product], rng: random.Random) -> None:
@@ -246,7 +244,8 @@ def make_demo(options: DemoOptions) -> Path:
     (folder / "prompt.txt").write_text(TEMPLATE, encoding="utf-8")
     tokenizer = make_tokenizer(options.seed)
     model, processor = make_model(tokenizer, options.seed)
-    reached = warm_up(Policy(model, tokenizer, processor), options)
+    policy = Policy(model, tokenizer, processor, exact_path=True)  # the warm-up has one answer a prompt: none to share
+    reached = warm_up(policy, options)
     for part in (model, tokenizer, processor):
         part.save_pretrained(folder / "model")
     (folder / "made_by").write_text(fingerprint(options))

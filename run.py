@@ -1,6 +1,6 @@
 """Compare the model before and after training on the same held-out products.
 
-    python run.py --checkpoint_path outputs/demo/step_000400 [--ablate]
+    python run.py --checkpoint_path outputs/demo/step_000420 [--ablate]
 
 Prompt, photo budget, parser and sampling are those the checkpoint was trained with. Writes compare.xlsx and
 compare.json beside the checkpoint and prints the table.
