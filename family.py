@@ -3,13 +3,19 @@
 A new family is one file with a subclass of Family and one line in policy.FAMILIES.
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+# What a model folder holds besides weights: kept as the model's makers wrote it, so that their own loaders work.
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+                    "chat_template.jinja", "chat_template.json")
 
 
 class ModelError(ValueError):
@@ -33,6 +39,7 @@ class Family:
     """One model family. Methods take the model, so that policy and reference policy share one instance."""
 
     model_types: tuple[str, ...] = ()  # config.json's model_type values that belong to this family
+    runs_remote_code = False  # load() runs Python files of the model's folder: asked for with --trust_remote_code
 
     def load(self, model_path: str, dtype: torch.dtype) -> tuple[nn.Module, Any, Any]:
         """Load (model, tokenizer, image processor) from a folder or hub name."""
@@ -66,3 +73,13 @@ class Family:
     def never_sampled(self, model: nn.Module, tokenizer: Any) -> list[int]:
         """Ids that stand for photos: sampled in an answer they would crash or blind the next forward pass."""
         raise NotImplementedError
+
+    def save(self, model: nn.Module, tokenizer: Any, image_processor: Any, model_path: str, folder: Path) -> None:
+        """Write a folder that loads by itself: weights, config, tokenizer, processor files of model_path."""
+        model.save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)
+        image_processor.save_pretrained(folder)
+        for name in _PROCESSOR_FILES:
+            source = Path(model_path) / name
+            if source.is_file():
+                shutil.copyfile(source, folder / name)
