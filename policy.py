@@ -4,6 +4,7 @@ Device and dtype are handled here and nowhere else. Weights that train are float
 products run under autocast. Dropout is never active (eval mode), so sampling and scoring see the same network.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from loguru import logger
 from torch import Tensor, nn
 
 from family import Family, ModelError, Prompt
+from family_minicpm_remote import MiniCPMRemote
 from family_minicpm_v46 import MiniCPMV46
 
-FAMILIES: tuple[Family, ...] = (MiniCPMV46(),)
+FAMILIES: tuple[Family, ...] = (MiniCPMV46(), MiniCPMRemote())
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -207,10 +209,12 @@ def stop_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     return sorted(ids)
 
 
-def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any, Any]:
+def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+                 ) -> tuple[nn.Module, Any, Any]:
     """Load (model, tokenizer, image processor) from a folder or hub name, whatever its family.
 
-    Raises ModelError naming the path, and the known families when it is of none.
+    trust_remote_code: allow a family to run the Python files in the model's folder. Raises ModelError naming the path,
+    and the known families when it is of none.
     """
     from transformers import PretrainedConfig
     from transformers.utils import logging
@@ -225,7 +229,12 @@ def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32) -> tuple[n
         if not model_type:
             raise ModelError(f"--model_path {model_path}: no folder with a model's config.json there, and not to be "
                              "had from the hub")
-        return family_of(model_type).load(model_path, dtype)
+        family = family_of(model_type)
+        if family.runs_remote_code and not trust_remote_code:
+            raise ModelError(f"--model_path {model_path}: a {model_type} model runs Python files that come with its "
+                             "weights, with your rights. Read them, or trust who wrote them, then say so with "
+                             "--trust_remote_code; nothing of it has been run or fetched")
+        return family.load(model_path, dtype)
     except OSError as problem:
         raise ModelError(f"--model_path {model_path}: {problem}") from problem
 
@@ -235,7 +244,9 @@ def load_weights(model: nn.Module, path: str) -> None:
 
     Raises ModelError when the file can't be read or does not fit the model, naming the first tensors that differ.
     """
-    state = _read_weights(Path(path))
+    off = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()  # parts that this program leaves out
+    state = {name: tensor for name, tensor in _read_weights(Path(path)).items()
+             if not any(re.search(pattern, name) for pattern in off)}
     own = model.state_dict()
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     wrong = [name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape]

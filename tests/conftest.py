@@ -1,8 +1,10 @@
 """Tiny models from real transformers configs, built offline; shared by the tests."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="remote_code_")  # the code of stand-in models is copied there
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from PIL import Image
 
 torch.set_num_threads(1)
 
+import standin_minicpm  # noqa: E402
+
 import demo  # noqa: E402
-from policy import Policy  # noqa: E402
+from policy import Policy, load_minicpm  # noqa: E402
 
 
 def tiny_model(tokenizer, layer_types):
@@ -53,9 +57,23 @@ def image_processor():
                                         use_image_id=True)
 
 
-@pytest.fixture(params=["dense", "hybrid"])
+@pytest.fixture(scope="session")
+def standin(tmp_path_factory, tokenizer):
+    """A model folder with code of its own; read only."""
+    return standin_minicpm.write_standin(tmp_path_factory.mktemp("standin") / "model", tokenizer)
+
+
+@pytest.fixture
+def remote_policy(standin):
+    """A tiny policy whose code comes with the model."""
+    return Policy(*load_minicpm(str(standin), trust_remote_code=True))
+
+
+@pytest.fixture(params=["dense", "hybrid", "remote"])
 def policy(request, tokenizer, image_processor):
-    """A tiny policy of each kind of text model."""
+    """A tiny policy of each kind of model."""
+    if request.param == "remote":
+        return request.getfixturevalue("remote_policy")
     kinds = {"dense": ["full_attention"] * 2,
              "hybrid": ["linear_attention", "linear_attention", "linear_attention", "full_attention"]}
     return Policy(tiny_model(tokenizer, kinds[request.param]), tokenizer, image_processor)
@@ -65,6 +83,13 @@ def policy(request, tokenizer, image_processor):
 def dense_policy(tokenizer, image_processor):
     """A tiny policy with attention layers only."""
     return Policy(tiny_model(tokenizer, ["full_attention"] * 2), tokenizer, image_processor)
+
+
+def own_logits(policy, prompt, ids):
+    """The logits of the model's own forward for one unpadded row of ids (1, n): the slow twin of every batched path."""
+    if policy.family.runs_remote_code:
+        return standin_minicpm.own_logits(policy.model, prompt, ids)
+    return policy.model(input_ids=ids, **prompt.photos).logits
 
 
 def noise_photo(seed, size=(64, 64)):

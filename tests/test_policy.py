@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import noise_photo, tiny_model
+from conftest import noise_photo, own_logits, tiny_model
 
 from family import ModelError
 from policy import (
@@ -35,7 +35,7 @@ def sample(policy, prompts, group_size=4, columns=12, temperature=0.7, seed="sam
 def score_one_by_one(policy, prompt, answer, temperature):
     """The slow twin: whole forward through transformers' own class, one unpadded answer."""
     ids = torch.cat([prompt.input_ids, answer])[None]
-    logits = policy.model(input_ids=ids, **prompt.photos).logits[0, len(prompt.input_ids) - 1:-1].float() / temperature
+    logits = own_logits(policy, prompt, ids)[0, len(prompt.input_ids) - 1:-1].float() / temperature
     logits[:, policy.family.never_sampled(policy.model, policy.tokenizer)] = -torch.inf
     return logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
 
@@ -221,7 +221,7 @@ def test_saved_folder_loads_by_its_path(dense_policy, tmp_path):
 
 
 def test_unknown_families_and_missing_folders_are_named(tmp_path):
-    with pytest.raises(ModelError, match="known: minicpmv4_6"):
+    with pytest.raises(ModelError, match="known: minicpmo, minicpmv, minicpmv4_6"):
         family_of("llama")
     with pytest.raises(ModelError, match="config.json"):
         load_minicpm(str(tmp_path / "nowhere"))
