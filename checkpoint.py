@@ -21,9 +21,6 @@ OPTIONS_FILE = "options.yaml"
 STATE_FILE = "trainer_state.pt"
 PROMPT_FILE = "prompt.txt"
 _NAME = re.compile(r"step_(\d+)$")
-# What a model folder holds besides weights: kept as the model's makers wrote it, so that their own loaders work.
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-                    "chat_template.jinja", "chat_template.json")
 
 
 def save_checkpoint(policy: Policy, options: TrainOptions, step: int, state: dict[str, Any]) -> Path:
@@ -35,7 +32,7 @@ def save_checkpoint(policy: Policy, options: TrainOptions, step: int, state: dic
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_model(policy, options.model_path, partial)
+    policy.family.save(policy.model, policy.tokenizer, policy.image_processor, options.model_path, partial)
     write_options(options, partial / OPTIONS_FILE)
     if options.prompt_file:
         shutil.copyfile(options.prompt_file, partial / PROMPT_FILE)
@@ -49,17 +46,6 @@ def save_checkpoint(policy: Policy, options: TrainOptions, step: int, state: dic
     _sync(final.parent)
     prune_checkpoints(Path(options.output_dir), options.keep_last)
     return final
-
-
-def save_model(policy: Policy, model_path: str, folder: Path) -> None:
-    """Write a folder that transformers loads: weights, config, tokenizer, processor files of model_path."""
-    policy.model.save_pretrained(folder, safe_serialization=True)
-    policy.tokenizer.save_pretrained(folder)
-    policy.image_processor.save_pretrained(folder)
-    for name in _PROCESSOR_FILES:
-        source = Path(model_path) / name
-        if source.is_file():
-            shutil.copyfile(source, folder / name)
 
 
 def _sync(path: Path) -> None:
@@ -109,9 +95,9 @@ def find_resume(options: TrainOptions) -> Path | None:
 
 
 # Options that a resumed run may change freely; any other difference means other steps than without the stop.
-_FREE = {"checkpoint_path", "device", "num_threads", "image_cache_dir", "rollout_batch_size", "prompt_cache_mb",
-         "micro_batch_size", "max_bad_steps", "output_dir", "log_dir", "save_every", "keep_last", "eval_every",
-         "eval_samples", "resume", "overwrite_output_dir", "prompt_file"}
+_FREE = {"checkpoint_path", "trust_remote_code", "device", "num_threads", "image_cache_dir", "rollout_batch_size",
+         "prompt_cache_mb", "micro_batch_size", "max_bad_steps", "output_dir", "log_dir", "save_every", "keep_last",
+         "eval_every", "eval_samples", "resume", "overwrite_output_dir", "prompt_file"}
 
 
 def read_state(path: Path, options: TrainOptions) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 DEFAULT_DATA_PATH = "data.xlsx"
 T = TypeVar("T")
+TRUST_REMOTE_CODE = ("run the Python files that come with the model, with your rights; MiniCPM-o and the MiniCPM-V "
+                     "before 4.6 need it")
 
 
 class OptionError(ValueError):
@@ -37,6 +39,7 @@ class ModelOptions:
                                                       "reference policy")
     checkpoint_path: str | None = option(None, "start from these weights instead: a checkpoint folder or a plain "
                                                "model_stepN.pt state dict; the reference policy stays model_path")
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
     train_vision: bool = option(False, "train the vision tower and its projection too, not only the language model")
     max_slice_nums: int | None = option(None, "slices a photo may be cut into; default: the model's own; for models "
                                               "that cut photos, as MiniCPM does and Qwen does not")
@@ -157,6 +160,7 @@ class CompareOptions:
 
     model_path: str | None = option(None, "the model before; default: the one the checkpoint was trained from")
     checkpoint_path: str = option("", "the model after: a checkpoint folder or a plain model_stepN.pt state dict")
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
     data_path: str | None = option(None, "the sheet; default: the held-out products of the training run")
     image_cache_dir: str | None = option(None, "folder with the photos; default: that of the training run")
     rows: Literal["held_out", "all"] = option("held_out", "held_out products only, or every row of the sheet")
@@ -184,6 +188,7 @@ class AnswerOptions:
 
     model_path: str = option("", "a model folder, hub name or checkpoint folder")
     checkpoint_path: str | None = option(None, "weights to use instead: a checkpoint folder or model_stepN.pt")
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
     text: str | None = option(None, "the product's text")
     image: list[str] = field(default_factory=list, metadata={"help": "a photo's path; repeat for up to five"})
     label: str | None = option(None, "the true size, if known: prints the reward")

@@ -4,13 +4,19 @@ A new family is one file with a subclass of Family and one line in policy.FAMILI
 """
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+# What a model folder holds besides weights: kept as the model's makers wrote it, so that their own loaders work.
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+                    "chat_template.jinja", "chat_template.json")
 
 
 class ModelError(ValueError):
@@ -35,6 +41,7 @@ class Family:
 
     model_types: tuple[str, ...] = ()  # config.json's model_type values that belong to this family
     cuts_slices = True  # False: photos go in whole, and --max_slice_nums is refused
+    runs_remote_code = False  # load() runs Python files of the model's folder: asked for with --trust_remote_code
 
     def load(self, model_path: str, dtype: torch.dtype) -> tuple[nn.Module, Any, Any]:
         """Load (model, tokenizer, image processor) from a folder or hub name."""
@@ -89,6 +96,16 @@ class Family:
     def never_sampled(self, model: nn.Module, tokenizer: Any) -> list[int]:
         """Ids that stand for photos: sampled in an answer they would crash or blind the next forward pass."""
         raise NotImplementedError
+
+    def save(self, model: nn.Module, tokenizer: Any, image_processor: Any, model_path: str, folder: Path) -> None:
+        """Write a folder that loads by itself: weights, config, tokenizer, processor files of model_path."""
+        model.save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)
+        image_processor.save_pretrained(folder)
+        for name in _PROCESSOR_FILES:
+            source = Path(model_path) / name
+            if source.is_file():
+                shutil.copyfile(source, folder / name)
 
 
 def chat_parts(tokenizer: Any, text: str, num_photos: int, photo_marker: str) -> list[str]:

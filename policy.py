@@ -5,6 +5,7 @@ products run under autocast. Dropout is never active (eval mode), so sampling an
 """
 
 import copy
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 
 import shared_prefix
 from family import Family, ModelError, Prompt
+from family_minicpm_remote import MiniCPMRemote
 from family_minicpm_v46 import MiniCPMV46
 from family_qwen_vl import Qwen3VL, Qwen25VL
 
-FAMILIES: tuple[Family, ...] = (MiniCPMV46(), Qwen25VL(), Qwen3VL())
+FAMILIES: tuple[Family, ...] = (MiniCPMV46(), MiniCPMRemote(), Qwen25VL(), Qwen3VL())
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -271,10 +273,12 @@ def stop_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     return sorted(ids)
 
 
-def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any, Any]:
+def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+                 ) -> tuple[nn.Module, Any, Any]:
     """Load (model, tokenizer, image processor) from a folder or hub name, whatever its family.
 
-    Raises ModelError naming the path, and the known families when it is of none.
+    trust_remote_code: allow a family to run the Python files in the model's folder. Raises ModelError naming the path,
+    and the known families when it is of none.
     """
     from transformers import PretrainedConfig
     from transformers.utils import logging
@@ -289,7 +293,12 @@ def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32) -> tuple[n
         if not model_type:
             raise ModelError(f"--model_path {model_path}: no folder with a model's config.json there, and not to be "
                              "had from the hub")
-        return family_of(model_type).load(model_path, dtype)
+        family = family_of(model_type)
+        if family.runs_remote_code and not trust_remote_code:
+            raise ModelError(f"--model_path {model_path}: a {model_type} model runs Python files that come with its "
+                             "weights, with your rights. Read them, or trust who wrote them, then say so with "
+                             "--trust_remote_code; nothing of it has been run or fetched")
+        return family.load(model_path, dtype)
     except OSError as problem:
         raise ModelError(f"--model_path {model_path}: {problem}") from problem
 
@@ -303,7 +312,9 @@ def load_weights(model: nn.Module, path: str) -> None:
     if source.is_dir():
         state, wrong, missing = _read_folder(model, source)
     elif source.is_file():
-        state = torch.load(source, map_location="cpu", weights_only=True)
+        off = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()  # parts that this program leaves out
+        state = {name: tensor for name, tensor in torch.load(source, map_location="cpu", weights_only=True).items()
+                 if not any(re.search(pattern, name) for pattern in off)}
         own, tied = model.state_dict(), set(getattr(model, "all_tied_weights_keys", None) or ())
         wrong = [name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape]
         missing = [name for name in own if name not in state and name not in tied]

@@ -37,7 +37,7 @@ def compare(options: CompareOptions) -> None:
     trained = training_options(options)
     samples = choose_samples(options, trained)
     before_path = options.model_path or trained.model_path
-    model, tokenizer, image_processor = load_minicpm(before_path)
+    model, tokenizer, image_processor = load_minicpm(before_path, trust_remote_code=options.trust_remote_code)
     policy = Policy(model.to(choose_device(options.device)), tokenizer, image_processor, DTYPES[trained.dtype],
                     trained.max_slice_nums, trained.max_pixels)
     make_encoder = partial(PromptEncoder, policy, trained.prompt_language, read_template(trained.prompt_file),

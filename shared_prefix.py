@@ -136,7 +136,7 @@ def _heads(module: nn.Module, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _KNOWN_ATTENTION = ("Qwen3_5Attention", "Qwen2_5_VLAttention", "Qwen3VLTextAttention", "Qwen2Attention",
-                    "Qwen3Attention")
+                    "Qwen3Attention", "LlamaAttention")
 _KNOWN_DELTA_NETS = ("Qwen3_5GatedDeltaNet",)
 
 

@@ -39,7 +39,8 @@ def load(options: AnswerOptions) -> tuple[PromptEncoder, TrainOptions]:
         trained = TrainOptions()
     if options.checkpoint_path and not options.model_path and not Path(options.checkpoint_path).is_dir():
         options.model_path = trained.model_path  # a plain state dict needs the model it belongs to
-    model, tokenizer, image_processor = load_minicpm(options.model_path or str(options.checkpoint_path))
+    model, tokenizer, image_processor = load_minicpm(options.model_path or str(options.checkpoint_path),
+                                                     trust_remote_code=options.trust_remote_code)
     if options.checkpoint_path:
         load_weights(model, options.checkpoint_path)
     policy = Policy(model.to(choose_device(options.device)), tokenizer, image_processor, DTYPES[trained.dtype],

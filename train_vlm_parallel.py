@@ -210,7 +210,7 @@ def load_models(options: TrainOptions, resume_from: Path | None) -> tuple[Policy
     The third value says whether both have the same frozen vision, so that photos are encoded once for both.
     """
     device, dtype = choose_device(options.device), DTYPES[options.dtype]
-    model, tokenizer, image_processor = load_minicpm(options.model_path)
+    model, tokenizer, image_processor = load_minicpm(options.model_path, trust_remote_code=options.trust_remote_code)
     reference_model = freeze(copy.deepcopy(model)) if options.kl_weight else None
     weights = str(resume_from) if resume_from else options.checkpoint_path
     if weights:

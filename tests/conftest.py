@@ -1,17 +1,22 @@
 """Tiny models from real transformers configs, built offline; shared by the tests."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="remote_code_")  # the code of stand-in models is copied there
 
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import pad
 
 torch.set_num_threads(1)
 
+import standin_minicpm  # noqa: E402
+
 import demo  # noqa: E402
-from policy import Policy  # noqa: E402
+from policy import Policy, load_minicpm  # noqa: E402
 
 
 def tiny_model(tokenizer, layer_types):
@@ -104,7 +109,7 @@ def image_processor():
 
 
 def parts_of(kind, tokenizer, image_processor):
-    """Model, tokenizer and image processor of a kind; those given belong to MiniCPM-V-4.6."""
+    """Model, tokenizer and image processor of a native kind; those given belong to MiniCPM-V-4.6."""
     layers = {"dense": ["full_attention"] * 2,
               "hybrid": ["linear_attention", "linear_attention", "linear_attention", "full_attention"]}
     if kind in layers:
@@ -113,9 +118,23 @@ def parts_of(kind, tokenizer, image_processor):
     return qwen_model(kind, tokenizer), tokenizer, qwen_image_processor()
 
 
-@pytest.fixture(params=["dense", "hybrid", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="session")
+def standin(tmp_path_factory, tokenizer):
+    """A model folder with code of its own; read only."""
+    return standin_minicpm.write_standin(tmp_path_factory.mktemp("standin") / "model", tokenizer)
+
+
+@pytest.fixture
+def remote_policy(standin):
+    """A tiny policy whose code comes with the model."""
+    return Policy(*load_minicpm(str(standin), trust_remote_code=True))
+
+
+@pytest.fixture(params=["dense", "hybrid", "remote", "qwen2_5_vl", "qwen3_vl"])
 def policy(request, tokenizer, image_processor):
-    """A tiny policy of each kind: MiniCPM-V-4.6 with both kinds of text model, and the Qwen families."""
+    """A tiny policy of each kind: MiniCPM-V-4.6 with both kinds of text model, remote code, and the Qwen families."""
+    if request.param == "remote":
+        return request.getfixturevalue("remote_policy")
     return Policy(*parts_of(request.param, tokenizer, image_processor))
 
 
@@ -129,6 +148,17 @@ def qwen_policy(request, tokenizer, image_processor):
 def dense_policy(tokenizer, image_processor):
     """A tiny policy with attention layers only."""
     return Policy(tiny_model(tokenizer, ["full_attention"] * 2), tokenizer, image_processor)
+
+
+def own_logits(policy, prompt, answer):
+    """The logits before each of the answer's tokens by the model's own forward, which numbers the positions itself."""
+    ids = torch.cat([prompt.input_ids, answer])[None]
+    if policy.family.runs_remote_code:
+        logits = standin_minicpm.own_logits(policy.model, prompt, ids)
+    else:
+        kinds = pad(policy.family.photo_positions(policy.model, prompt).int(), (0, len(answer)))[None]  # 1: photo token
+        logits = policy.model(input_ids=ids, mm_token_type_ids=kinds, **prompt.photos).logits
+    return logits[0, len(prompt.input_ids) - 1:-1]
 
 
 def noise_photo(seed, size=(64, 64)):

@@ -8,7 +8,6 @@ import torch
 from conftest import noise_photo, parts_of, train_options
 from PIL import Image
 
-from checkpoint import save_model
 from data import PhotoError
 from family import ModelError
 from policy import Policy, load_minicpm, parameter_parts
@@ -117,7 +116,7 @@ def test_the_processors_chat_template_comes_before_the_tokenizers(qwen_policy, t
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_two_steps_of_training(kind, train_vision, shop, tokenizer, image_processor, tmp_path):
     before = Policy(*parts_of(kind, tokenizer, image_processor))
-    save_model(before, str(tmp_path), tmp_path / "model")
+    before.family.save(before.model, before.tokenizer, before.image_processor, str(tmp_path), tmp_path / "model")
     options = train_options(shop, tmp_path, model_path=str(tmp_path / "model"), max_steps=2, eval_every=0,
                             max_pixels=32 * 32, train_vision=train_vision)
     after, _, _ = load_minicpm(str(train(options)))

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import noise_photo, tiny_model
-from torch.nn.functional import pad
+from conftest import noise_photo, own_logits, tiny_model
 
 import shared_prefix
 from family import ModelError, shrink
@@ -34,13 +33,6 @@ def sample(policy, prompts, group_size=4, columns=12, temperature=0.7, seed="sam
         features = policy.photo_features(prompts)
     uniforms = torch.cat([draw_uniforms(f"{seed}/{index}", group_size, columns) for index in range(len(prompts))])
     return policy.sample(prompts, features, uniforms, temperature)
-
-
-def own_logits(policy, prompt, answer):
-    """The logits before each of the answer's tokens, by transformers' own class; it numbers the positions itself."""
-    ids = torch.cat([prompt.input_ids, answer])[None]
-    kinds = pad(policy.family.photo_positions(policy.model, prompt).int(), (0, len(answer)))[None]  # 1: photo token
-    return policy.model(input_ids=ids, mm_token_type_ids=kinds, **prompt.photos).logits[0, len(prompt.input_ids) - 1:-1]
 
 
 def score_one_by_one(policy, prompt, answer, temperature):
@@ -278,7 +270,7 @@ def test_saved_folder_loads_by_its_path(policy, tmp_path):
 
 
 def test_unknown_families_and_missing_folders_are_named(tmp_path):
-    with pytest.raises(ModelError, match="known: minicpmv4_6"):
+    with pytest.raises(ModelError, match="known: minicpmo, minicpmv, minicpmv4_6"):
         family_of("llama")
     with pytest.raises(ModelError, match="config.json"):
         load_minicpm(str(tmp_path / "nowhere"))
