@@ -51,11 +51,12 @@ class MiniCPMRemote(Family):
         if getattr(model.llm.config, "scale_emb", 1) != 1:
             raise ModelError(f"{model_path}: its embeddings are scaled by {model.llm.config.scale_emb}, which this "
                              "program does not do")
-        bare = model.config.model_type == "minicpmo" and float(processor.version) >= 4.5
-        photo_marker = "<image>./</image>" if bare else "(<image>./</image>)"
+        omni = model.config.model_type == "minicpmo"
+        photo_marker = "<image>./</image>" if omni and float(processor.version) >= 4.5 else "(<image>./</image>)"
         files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())
                  if (path.suffix in _COMPANIONS or path.name in _COMPANIONS) and not path.name.endswith(".index.json")}
-        logger.info(f"{model_path}: audio and TTS are off, checkpoints hold language model and vision only")
+        if omni:
+            logger.info(f"{model_path}: audio and TTS are off, checkpoints hold language model and vision only")
         return model, tokenizer, RemoteProcessor(processor, photo_marker, files)
 
     def encode_prompt(self, tokenizer: Any, image_processor: RemoteProcessor, text: str,
