@@ -65,6 +65,8 @@ class DataOptions:
     eval_fraction: float = option(0.1, "share of the products held out from data_path, chosen by a hash of the product")
     prompt_language: Literal["zh", "en"] = option("zh", "wording of the prompt")
     prompt_file: str | None = option(None, "your own wording: a UTF-8 text file that contains {text}")
+    max_prompt_length: int | None = option(None, "tokens of a prompt at most; a longer one loses whole photos from the "
+                                                 "end; default: no limit")
 
 
 @dataclass
@@ -235,7 +237,7 @@ class DemoOptions:
 _POSITIVE = ("group_size", "batch_size", "max_length", "temperature", "rollout_batch_size", "lr", "max_grad_norm",
              "epochs", "minibatch_size", "micro_batch_size", "max_bad_steps", "max_steps", "save_every",
              "eval_samples", "num_samples", "eval_batch_size", "max_products", "num_threads", "max_slice_nums",
-             "max_pixels", "products", "held_out", "warm_up_steps")
+             "max_pixels", "max_prompt_length", "products", "held_out", "warm_up_steps")
 _NOT_NEGATIVE = ("kl_weight", "std_floor", "warmup_steps", "weight_decay", "keep_last", "eval_every", "seed",
                  "prompt_cache_mb")
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from loguru import logger
 from PIL import Image
 from torch import Tensor
 
@@ -46,30 +47,55 @@ class RolloutFailure:
         return f"{self.sample.sheet} row {self.sample.row} ({self.sample.product_id}): {self.reason}"
 
 
+class PromptTooLong(ValueError):
+    """A product whose text alone is longer than the limit; the text says by how much."""
+
+
 class PromptEncoder:
     """Turn samples into prompts, keeping recent ones: least recently used go first beyond cache_mb."""
 
     def __init__(self, policy: Policy, language: str = "zh", template: str | None = None, cache_mb: int = 512,
+                 max_prompt_length: int | None = None,
                  open_photos: Callable[[Sample], list[Image.Image]] = load_photos):
         self.policy = policy
         self.language = language
         self.template = template
+        self.max_prompt_length = max_prompt_length
         self.open_photos = open_photos
         self._limit = cache_mb * 2 ** 20
         self._held: OrderedDict[tuple[str, int], Prompt] = OrderedDict()
         self._bytes = 0
 
     def encode(self, sample: Sample) -> Prompt:
-        """Prepare one product's prompt; raises PhotoError naming the row when a photo can't be read."""
+        """Prepare one product's prompt.
+
+        Raises PhotoError naming the row when a photo can't be read, PromptTooLong when dropping photos does not help.
+        """
         key = (sample.sheet, sample.row)
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key]
-        prompt = self.encode_parts(sample.text, self.open_photos(sample))
+        prompt = self._encode_within_limit(sample)
         self._held[key] = prompt
         self._bytes += prompt.num_bytes
         while self._bytes > self._limit:
             self._bytes -= self._held.popitem(last=False)[1].num_bytes
+        return prompt
+
+    def _encode_within_limit(self, sample: Sample) -> Prompt:
+        """Drop whole photos from the end until the prompt fits: a cut through a photo's tokens would break it."""
+        photos = self.open_photos(sample)
+        limit = self.max_prompt_length
+        prompt = self.encode_parts(sample.text, photos)
+        kept = len(photos)
+        while limit and len(prompt.input_ids) > limit and kept:
+            kept -= 1
+            prompt = self.encode_parts(sample.text, photos[:kept])
+        if limit and len(prompt.input_ids) > limit:
+            raise PromptTooLong(f"the text alone makes {len(prompt.input_ids)} tokens, --max_prompt_length is {limit}")
+        if kept < len(photos):
+            logger.warning(f"{sample.sheet} row {sample.row} ({sample.product_id}): {kept} of {len(photos)} photos "
+                           f"used, for --max_prompt_length {limit}")
         return prompt
 
     def encode_parts(self, text: str, photos: Sequence[Any]) -> Prompt:
@@ -105,7 +131,7 @@ def rollout_groups(encoder: PromptEncoder, samples: Sequence[Sample], group_size
     for index, sample in enumerate(samples):
         try:
             prompts[index] = encoder.encode(sample)
-        except PhotoError as problem:
+        except (PhotoError, PromptTooLong) as problem:
             failures.append(RolloutFailure(sample, str(problem)))
     groups: dict[int, Group] = {}
     by_length = sorted(prompts, key=lambda index: len(prompts[index].input_ids))  # little padding, few masks

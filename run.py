@@ -41,7 +41,7 @@ def compare(options: CompareOptions) -> None:
     policy = Policy(model.to(choose_device(options.device)), tokenizer, image_processor, DTYPES[trained.dtype],
                     trained.max_slice_nums, trained.max_pixels)
     make_encoder = partial(PromptEncoder, policy, trained.prompt_language, read_template(trained.prompt_file),
-                           trained.prompt_cache_mb)
+                           trained.prompt_cache_mb, trained.max_prompt_length)
     encoder = make_encoder()
 
     results: dict[str, list[Record]] = {"before": answer(encoder, samples, options, trained)}

@@ -48,7 +48,7 @@ def load(options: AnswerOptions) -> tuple[PromptEncoder, TrainOptions]:
     own_wording = options.prompt_file or options.prompt_language
     template = read_template(options.prompt_file if own_wording else trained.prompt_file)
     return PromptEncoder(policy, options.prompt_language or trained.prompt_language, template,
-                         trained.prompt_cache_mb), trained
+                         trained.prompt_cache_mb, trained.max_prompt_length), trained
 
 
 def answer_product(options: AnswerOptions) -> None:

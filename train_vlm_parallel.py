@@ -137,7 +137,7 @@ def prepare(options: TrainOptions) -> Run:
     objective = VLM_GRPOLoss(options.clip_eps, options.kl_weight, options.clip_eps_high, options.loss_type,
                              options.max_length, options.mask_truncated)
     encoder = PromptEncoder(policy, options.prompt_language, read_template(options.prompt_file),
-                            options.prompt_cache_mb)
+                            options.prompt_cache_mb, options.max_prompt_length)
     optimizer = make_optimizer(parameters, options)
     start, bad_steps = 0, 0
     if resume_from:

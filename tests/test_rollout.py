@@ -1,7 +1,10 @@
 """One product -> one group; what fails is named and never trains."""
 
+from dataclasses import replace
+
 import torch
 from conftest import noise_photo
+from loguru import logger
 
 from data import Sample
 from rollout import PromptEncoder, draw_uniforms, rollout, rollout_groups
@@ -85,6 +88,26 @@ def test_prompt_cache_is_bounded_and_gives_the_same_prompt(dense_policy, tmp_pat
     assert encoder._bytes <= 3 * one and len(encoder._held) <= 3
     again = encoder.encode(samples[0])
     assert again is not first and torch.equal(again.photos["pixel_values"], first.photos["pixel_values"])
+
+
+def test_a_prompt_too_long_loses_whole_photos_from_the_end(policy, tmp_path):
+    sample = sample_of(tmp_path, 2, photos=3)
+    lengths = [len(PromptEncoder(policy).encode(replace(sample, photos=sample.photos[:count])).input_ids)
+               for count in range(4)]
+    assert lengths == sorted(set(lengths))
+    said = []
+    sink = logger.add(lambda line: said.append(str(line)))
+    for limit, kept in ((lengths[3], 3), (lengths[3] - 1, 2), (lengths[1], 1), (lengths[0], 0)):
+        prompt = PromptEncoder(policy, max_prompt_length=limit).encode(sample)
+        assert len(prompt.input_ids) == lengths[kept] <= limit
+        features = policy.photo_features([prompt])[0]  # what is left is whole: as many features as placeholders
+        placeholders = int(policy.family.photo_positions(policy.model, prompt).sum())
+        assert placeholders == (0 if features is None else len(features))
+    logger.remove(sink)
+    assert len(said) == 3 and "row 2 (p2): 2 of 3 photos" in said[0]
+    groups, failures = rollout_groups(PromptEncoder(policy, max_prompt_length=lengths[0] - 1), [sample], 2, 1.0, 4,
+                                      "s", 1)
+    assert groups == [] and "the text alone" in str(failures[0])
 
 
 def test_uniform_numbers_are_a_pure_function_of_the_seed():
