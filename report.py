@@ -73,7 +73,8 @@ def answer_line(record: Record) -> dict[str, Any]:
     parts = record.parts[0]
     sizes = [*parts.sizes, None, None, None][:3]
     return {**_product(record), "answer": record.answers[0],
-            **{f"size_{index}_cm": size for index, size in enumerate(sizes, start=1)}, "problem": parts.reason,
+            **{f"size_{index}_cm": size for index, size in enumerate(sizes, start=1)},
+            "problem": parts.reason if record.sample.label or not parts.sizes else "",
             "label_cm": sizes_text(sorted(record.sample.label, reverse=True)),
             "reward": parts.reward if record.sample.label else None}
 

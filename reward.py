@@ -111,13 +111,13 @@ def calculate_reward(answer: str, sample_label: str | Sequence[float]) -> float:
 
 
 def score_answer(answer: str, label: str | Sequence[float]) -> RewardParts:
-    """Score an answer and keep the parts. An unreadable label scores 0.0, not valid, with its fault as the reason."""
+    """Score an answer and keep the parts. An unreadable label scores 0.0, not valid, and is the reason."""
     reading = read_answer(answer)
     sizes = tuple(sorted((size for size in reading.sizes if size is not None), reverse=True))
     try:
         true_sizes = sorted(parse_label(label), reverse=True)
     except LabelError as error:
-        return RewardParts(0.0, sizes, (), False, str(error))
+        return RewardParts(0.0, sizes, (), False, reading.reason or str(error))
     errors = [abs(size - true) / true for size, true in zip(sizes, true_sizes, strict=False)]
     errors += [1.0] * (len(true_sizes) - len(sizes))  # no credit for what the answer lacks
     reward = max(0.0, 1 - sum(errors) / len(true_sizes))

@@ -9,7 +9,7 @@ from openpyxl import load_workbook
 
 from data import Sample
 from evaluation import Record, summarise, with_other_photos
-from report import change_lines, compare_products, curve_svg, summary_table, write_json, write_sheet
+from report import answer_line, change_lines, compare_products, curve_svg, summary_table, write_json, write_sheet
 from reward import score_answer
 
 
@@ -46,6 +46,13 @@ def test_comparison_pairs_rows():
 def test_table_shows_each_model():
     table = summary_table({"before": summarise([record(2, [POOR])]), "after": summarise([record(2, [GOOD])])})
     assert "0.200" in table and "1.000" in table and "100.0%" in table
+
+
+def test_an_answer_without_a_label_has_no_reward_and_no_problem():
+    read = answer_line(record(2, [GOOD], label=()))
+    assert (read["size_1_cm"], read["size_3_cm"], read["problem"], read["reward"]) == (15, 8, "", None)
+    unread = answer_line(record(3, ["no idea"], label=()))
+    assert unread["size_1_cm"] is None and "no readable size" in unread["problem"]
 
 
 def test_hostile_text_stays_text(tmp_path):
