@@ -266,11 +266,14 @@ def update(run: Run, buffer: ReplayBuffer, options: TrainOptions, step: int) -> 
     A minibatch with a non-finite loss or gradient changes nothing: it is skipped, logged with its rows and counted.
     """
     sums: dict[str, float] = defaultdict(float)
+    first: dict[str, float] = {}  # before any weight has moved: ratio 1 and no gap, or sampling and scoring differ
     done = skipped = 0
     minibatches = buffer.minibatches(options.epochs, options.minibatch_size, f"{options.seed}/{step}")
     for index, minibatch in enumerate(minibatches):
         run.optimizer.zero_grad(set_to_none=True)
         metrics = backward(run, minibatch, options, on_policy=index == 0)
+        gap = metrics.pop("log_prob_gap")
+        first = first or {"first_ratio": metrics["ratio"], "log_prob_gap": gap}
         grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, options.max_grad_norm)
         if not (math.isfinite(metrics["total_loss"]) and bool(torch.isfinite(grad_norm))):
             skipped += 1
@@ -285,7 +288,7 @@ def update(run: Run, buffer: ReplayBuffer, options: TrainOptions, step: int) -> 
         for name, value in (metrics | {"grad_norm": float(grad_norm)}).items():
             sums[name] += value
     run.optimizer.zero_grad(set_to_none=True)
-    return {name: value / done for name, value in sums.items()} | {"skipped_minibatches": skipped}
+    return {name: value / done for name, value in sums.items()} | first | {"skipped_minibatches": skipped}
 
 
 def backward(run: Run, minibatch: Sequence[Experience], options: TrainOptions, on_policy: bool) -> dict[str, float]:

@@ -61,9 +61,9 @@ def test_a_run_trains_logs_and_saves(shop, tmp_path, said):
         assert [step for step, _ in curves[name]] == [1, 2, 3], name
         assert all(math.isfinite(value) for _, value in curves[name])
     assert [step for step, _ in curves["held_out/mean_reward"]] == [0, 2, 3]
-    assert curves["ratio"][0][1] == pytest.approx(1, abs=1e-4)
+    assert [value for _, value in curves["first_ratio"]] == pytest.approx([1, 1, 1], abs=1e-4)
+    assert max(value for _, value in curves["log_prob_gap"]) < 1e-4
     assert curves["kl_divergence"][0][1] == pytest.approx(0, abs=1e-6)
-    assert curves["log_prob_gap"][0][1] < 1e-4
     assert [path.name for path in list_checkpoints(Path(options.output_dir))] == ["step_000002", "step_000003"]
     assert options_of(str(final)).lr == options.lr
     assert options_of(str(final)).prompt_file == str(final / "prompt.txt")
@@ -94,6 +94,15 @@ def test_minibatches_and_epochs_take_their_optimizer_steps(shop, tmp_path, monke
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: steps.append(1))
     training.train(train_options(shop, tmp_path, max_steps=1, eval_every=0, batch_size=5, minibatch_size=2, epochs=3))
     assert len(steps) == 3 * 3
+
+
+def test_the_first_minibatch_of_each_step_is_on_policy(shop, tmp_path):
+    options = train_options(shop, tmp_path, eval_every=0, batch_size=5, minibatch_size=2, epochs=2, lr=1e-2)
+    training.train(options)
+    curves = tags(options.log_dir)
+    assert [value for _, value in curves["first_ratio"]] == pytest.approx([1, 1, 1], abs=1e-4)
+    assert max(value for _, value in curves["log_prob_gap"]) < 1e-4
+    assert max(abs(value - 1) for _, value in curves["ratio"]) > 1e-3  # the later ones are not
 
 
 def test_killed_and_resumed_equals_uninterrupted(shop, tmp_path):
@@ -181,7 +190,8 @@ def test_a_non_finite_gradient_is_skipped_too(shop, tmp_path, monkeypatch):
     run, buffer = one_step(options)
     before = [parameter.detach().clone() for parameter in run.parameters]
     run.parameters[0].register_hook(lambda grad: grad * float("inf"))
-    assert training.update(run, buffer, options, step=0) == {"skipped_minibatches": 1}
+    metrics = training.update(run, buffer, options, step=0)
+    assert metrics["skipped_minibatches"] == 1 and "total_loss" not in metrics
     assert all(torch.equal(one, other) for one, other in zip(before, run.parameters, strict=True))
 
 
