@@ -1,4 +1,4 @@
-"""MiniCPM-V-4.6: native transformers classes; SigLIP tower, merger, Qwen3.5 text model (delta net and attention).
+"""MiniCPM-V-4.6 and 4.7: native transformers classes; SigLIP tower, merger, Qwen3.5 text model (delta net, attention).
 
 Prompt ids are built here from tokenizer and PIL image processor: the full processor wants a video processor, and
 that wants torchvision. Layout and counts follow MiniCPMV4_6Processor.replace_image_token (transformers 5.23.0).
@@ -87,6 +87,19 @@ class MiniCPMV46(Family):
     def never_sampled(self, model: nn.Module, tokenizer: Any) -> list[int]:
         """Photo, slice and video markers."""
         return sorted({tokenizer.convert_tokens_to_ids(getattr(tokenizer, name)) for name in _MARKERS})
+
+
+class MiniCPMV47(MiniCPMV46):
+    """MiniCPM-V-4.7, any size: the same parts, with positions that lay a photo's slices out on its canvas (M-RoPE)."""
+
+    model_types = ("minicpmv4_7",)
+
+    def positions(self, model: nn.Module, prompt: Prompt) -> Tensor:
+        """Number the prompt on three axes, as the model's own forward does: (3, P)."""
+        kinds = self.photo_positions(model, prompt).int()[None]  # 1 for a photo token, 0 for text
+        positions, _ = model.model.get_rope_index(prompt.input_ids[None], mm_token_type_ids=kinds,
+                                                  target_sizes=prompt.photos.get("target_sizes"))  # (3, 1, P)
+        return positions[:, 0]
 
 
 def _photo_spans(tokenizer: Any, image_processor: Any, encoded: Any) -> list[str]:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 import shared_prefix
 from family import Family, ModelError, Prompt
 from family_minicpm_remote import MiniCPMRemote
-from family_minicpm_v46 import MiniCPMV46
+from family_minicpm_v46 import MiniCPMV46, MiniCPMV47
 from family_qwen_vl import Qwen3VL, Qwen25VL
 
-FAMILIES: tuple[Family, ...] = (MiniCPMV46(), MiniCPMRemote(), Qwen25VL(), Qwen3VL())
+FAMILIES: tuple[Family, ...] = (MiniCPMV46(), MiniCPMV47(), MiniCPMRemote(), Qwen25VL(), Qwen3VL())
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

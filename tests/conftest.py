@@ -19,10 +19,15 @@ import demo  # noqa: E402
 from policy import Policy, load_minicpm  # noqa: E402
 
 
-def tiny_model(tokenizer, layer_types):
+def tiny_model(tokenizer, layer_types, version="4_6"):
     """A MiniCPM-V-4.6 of a few thousand parameters; linear_attention layers make it a hybrid as the real one is."""
-    from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration
+    import transformers
 
+    config_class = getattr(transformers, f"MiniCPMV{version}Config")
+    markers = {} if version == "4_6" else {  # 4.7 reads its positions off these
+        "image_start_id": tokenizer.image_start_token_id, "image_end_id": tokenizer.image_end_token_id,
+        "slice_start_id": tokenizer.slice_start_token_id, "slice_end_id": tokenizer.slice_end_token_id,
+        "newline_id": tokenizer("\n")["input_ids"][0]}
     torch.manual_seed(0)
     text = {"model_type": "qwen3_5_text", "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48,
             "num_hidden_layers": len(layer_types), "layer_types": layer_types, "num_attention_heads": 4,
@@ -34,10 +39,11 @@ def tiny_model(tokenizer, layer_types):
                                 "mrope_section": [2, 1, 1]}}
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
               "image_size": 64, "patch_size": 16}
-    model = MiniCPMV4_6ForConditionalGeneration(MiniCPMV4_6Config(
+    config = config_class(
         text_config=text, vision_config=vision, insert_layer_id=0, image_size=64, downsample_mode="4x",
-        image_token_id=tokenizer.image_token_id, video_token_id=tokenizer.video_token_id, tie_word_embeddings=True))
-    return sharpen(model)
+        image_token_id=tokenizer.image_token_id, video_token_id=tokenizer.video_token_id, tie_word_embeddings=True,
+        **markers)
+    return sharpen(getattr(transformers, f"MiniCPMV{version}ForConditionalGeneration")(config))
 
 
 def sharpen(model):
@@ -112,6 +118,8 @@ def parts_of(kind, tokenizer, image_processor):
     """Model, tokenizer and image processor of a native kind; those given belong to MiniCPM-V-4.6."""
     layers = {"dense": ["full_attention"] * 2,
               "hybrid": ["linear_attention", "linear_attention", "linear_attention", "full_attention"]}
+    if kind == "v47":
+        return tiny_model(tokenizer, layers["hybrid"], "4_7"), tokenizer, image_processor
     if kind in layers:
         return tiny_model(tokenizer, layers[kind]), tokenizer, image_processor
     tokenizer = qwen_tokenizer()
@@ -130,9 +138,9 @@ def remote_policy(standin):
     return Policy(*load_minicpm(str(standin), trust_remote_code=True))
 
 
-@pytest.fixture(params=["dense", "hybrid", "remote", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(params=["dense", "hybrid", "v47", "remote", "qwen2_5_vl", "qwen3_vl"])
 def policy(request, tokenizer, image_processor):
-    """A tiny policy of each kind: MiniCPM-V-4.6 with both kinds of text model, remote code, and the Qwen families."""
+    """A tiny policy of each kind: MiniCPM-V-4.6 with both kinds of text model, 4.7, remote code, the Qwen families."""
     if request.param == "remote":
         return request.getfixturevalue("remote_policy")
     return Policy(*parts_of(request.param, tokenizer, image_processor))
