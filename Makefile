@@ -4,7 +4,7 @@ BIN := .venv/bin
 STEPS := $(shell sed -n 's/^max_steps: //p' demo.yaml)
 CHECKPOINT := outputs/demo/step_$(shell printf '%06d' $(STEPS))
 
-.PHONY: demo test lint clean
+.PHONY: demo test clean
 
 demo: .venv/.installed
 	$(BIN)/python demo.py
@@ -16,10 +16,8 @@ $(CHECKPOINT)/options.yaml: demo/made_by demo.yaml
 	$(BIN)/python train_vlm_parallel.py --config demo.yaml --overwrite_output_dir
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest
-
-lint: .venv/.installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv
