@@ -213,6 +213,9 @@ class Policy:
             row = self._embed_tokens(prompt.input_ids.to(self.device))  # (P_i, d)
             if photo is not None:
                 at = self.family.photo_positions(self.model, prompt)  # (P_i,)
+                if int(at.sum()) != len(photo):  # masked_scatter would drop the rest without a word
+                    raise ModelError(f"the prompt has room for {int(at.sum())} photo tokens, the vision gave "
+                                     f"{len(photo)}")
                 row = row.masked_scatter(at.to(self.device)[:, None], photo[:, :row.shape[1]].to(row.dtype))
                 photo_mask[index, padding:] = at
             inputs.append(nn.functional.pad(row, (0, 0, padding, 0)))

@@ -51,8 +51,8 @@ def test_sampled_log_probs_equal_rescored_ones(policy):
     assert (rescored - generation.old_log_probs).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("exact_path", [False, True])
-@pytest.mark.parametrize(("group_size", "columns"), [(4, 12), (2, 3)])  # answers longer and shorter than the prompts
+@pytest.mark.parametrize(("exact_path", "group_size", "columns"),  # answers longer and shorter than the prompts
+                         [(False, 12, 12), (False, 2, 3), (True, 4, 12), (True, 2, 3)])
 def test_group_scoring_equals_one_by_one(policy, exact_path, group_size, columns):
     prompts = three_prompts(policy)
     generation = sample(policy, prompts, group_size, columns)
@@ -175,6 +175,14 @@ def test_shrinking_keeps_the_proportions():
     assert shrink(photo, 100 * 25).size == (100, 25)
     assert shrink(photo, 100 * 25 - 1).size == (99, 24)
     assert shrink(photo, 300 * 75) is photo and shrink(photo, None) is photo
+
+
+def test_photo_tokens_that_do_not_fit_are_refused(policy):
+    prompt = three_prompts(policy)[0]
+    features = policy.photo_features([prompt])[0]
+    for wrong in (features[:-1], torch.cat([features, features[:1]])):
+        with pytest.raises(ModelError, match=f"room for {len(features)} photo tokens, the vision gave {len(wrong)}"):
+            policy.sample([prompt], [wrong], draw_uniforms("s", 2, 2), 1.0)
 
 
 def test_product_text_cannot_forge_markers(policy):
