@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, found again, pruned, resumed from.
 
 A checkpoint is a folder that transformers loads by itself (safetensors weights, tokenizer, image processor), with
-options.yaml and, for --resume, trainer_state.pt beside the weights.
+options.yaml and, for --resume, trainer_state.pt beside the weights. With --lora_rank it holds the adapter instead of
+the weights, as peft writes it.
 """
 
 import os
@@ -32,7 +33,7 @@ def save_checkpoint(policy: Policy, options: TrainOptions, step: int, state: dic
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    policy.family.save(policy.model, policy.tokenizer, policy.image_processor, options.model_path, partial)
+    policy.save(options.model_path, partial)
     write_options(options, partial / OPTIONS_FILE)
     if options.prompt_file:
         shutil.copyfile(options.prompt_file, partial / PROMPT_FILE)

@@ -41,6 +41,12 @@ class ModelOptions:
                                                "model_stepN.pt state dict; the reference policy stays model_path")
     trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
     train_vision: bool = option(False, "train the vision tower and its projection too, not only the language model")
+    # No lora_dropout: sampling and scoring must see the same network.
+    lora_rank: int | None = option(None, "train adapters of this rank on every linear layer of the language model "
+                                         "instead of its weights; default: train the weights")
+    lora_alpha: int | None = option(None, "adapters are scaled by lora_alpha / lora_rank; default: 2 * lora_rank")
+    quantize: Literal["none", "4bit"] = option("none", "4bit: keep the frozen model under the adapters in 4 bits; "
+                                                       "needs lora_rank, a GPU and bitsandbytes")
     max_slice_nums: int | None = option(None, "slices a photo may be cut into; default: the model's own; for models "
                                               "that cut photos, as MiniCPM does and Qwen does not")
     max_pixels: int | None = option(None, "pixels of a photo at most, larger ones are scaled down; default: the "
@@ -147,11 +153,25 @@ class TrainOptions(RunOptions, OptimizerOptions, LossOptions, RolloutOptions, Da
             raise OptionError("--min_lr_ratio needs --lr_scheduler linear or cosine")
         if self.warmup_steps > self.max_steps:
             raise OptionError(f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}")
+        self.check_lora()
         if self.resume and self.overwrite_output_dir:
             raise OptionError("--resume and --overwrite_output_dir contradict each other: take one")
         check_data_path(self.data_path)
         if self.eval_path and not Path(self.eval_path).is_file():
             raise OptionError(f"--eval_path {self.eval_path}: no such file")
+
+    def check_lora(self) -> None:
+        """Refuse options that need an adapter without one, or that it can't be trained with; raises OptionError."""
+        if self.lora_rank is None:
+            for name, default in (("lora_alpha", None), ("quantize", "none")):
+                if getattr(self, name) != default:
+                    raise OptionError(f"--{name} {getattr(self, name)} needs --lora_rank: without adapters every "
+                                      "weight trains")
+        elif self.train_vision:
+            raise OptionError("--train_vision and --lora_rank contradict each other: adapters are on the language "
+                              "model only; take one")
+        if self.quantize == "4bit" and self.device == "cpu":
+            raise OptionError("--quantize 4bit needs a GPU: leave it out, or take --device cuda")
 
 
 @dataclass
@@ -235,7 +255,7 @@ class DemoOptions:
 _POSITIVE = ("group_size", "batch_size", "max_length", "temperature", "rollout_batch_size", "lr", "max_grad_norm",
              "epochs", "minibatch_size", "micro_batch_size", "max_bad_steps", "max_steps", "save_every",
              "eval_samples", "num_samples", "eval_batch_size", "max_products", "num_threads", "max_slice_nums",
-             "max_pixels", "products", "held_out", "warm_up_steps")
+             "max_pixels", "lora_rank", "lora_alpha", "products", "held_out", "warm_up_steps")
 _NOT_NEGATIVE = ("kl_weight", "std_floor", "warmup_steps", "weight_decay", "keep_last", "eval_every", "seed",
                  "prompt_cache_mb")
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
