@@ -238,6 +238,31 @@ class AnswerOptions:
 
 
 @dataclass
+class ExportOptions:
+    """What to merge"""
+
+    checkpoint_path: str = option("", "a checkpoint folder with an adapter (--lora_rank)")
+    output_path: str = option("", "the model folder to write; it must not be there yet")
+    model_path: str | None = option(None, "the model under the adapter; default: the one it was trained on")
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
+    data_path: str | None = option(None, "a sheet with products to compare answers on; default: the training sheet")
+    image_cache_dir: str | None = option(None, "folder with its photos; default: that of the training run")
+    num_products: int = option(4, "products answered before and after the merge")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
+    num_threads: int | None = option(None, "CPU threads for torch")
+
+    def check(self) -> None:
+        """Refuse values that can't work; raises OptionError naming the option."""
+        check_ranges(self, _RANGES)
+        if not self.checkpoint_path:
+            raise OptionError("--checkpoint_path is missing: give the checkpoint folder with the adapter")
+        if not self.output_path:
+            raise OptionError("--output_path is missing: give the folder to write the merged model to")
+        if Path(self.output_path).exists():
+            raise OptionError(f"--output_path {self.output_path} is there already: name a folder that isn't")
+
+
+@dataclass
 class DemoOptions:
     """What to make"""
 
@@ -254,8 +279,8 @@ class DemoOptions:
 
 _POSITIVE = ("group_size", "batch_size", "max_length", "temperature", "rollout_batch_size", "lr", "max_grad_norm",
              "epochs", "minibatch_size", "micro_batch_size", "max_bad_steps", "max_steps", "save_every",
-             "eval_samples", "num_samples", "eval_batch_size", "max_products", "num_threads", "max_slice_nums",
-             "max_pixels", "lora_rank", "lora_alpha", "products", "held_out", "warm_up_steps")
+             "eval_samples", "num_samples", "num_products", "eval_batch_size", "max_products", "num_threads",
+             "max_slice_nums", "max_pixels", "lora_rank", "lora_alpha", "products", "held_out", "warm_up_steps")
 _NOT_NEGATIVE = ("kl_weight", "std_floor", "warmup_steps", "weight_decay", "keep_last", "eval_every", "seed",
                  "prompt_cache_mb")
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {

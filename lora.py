@@ -76,6 +76,7 @@ def save_adapter(adapter: Any, folder: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
+    folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(adapter, save_embedding_layers=False)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_FILE,
               metadata={"format": "pt"})
@@ -83,6 +84,14 @@ def save_adapter(adapter: Any, folder: Path) -> None:
     config.inference_mode = True  # whoever loads it elsewhere gets it frozen
     config.save_pretrained(folder)
     config.inference_mode = False
+
+
+def merge_adapter(adapter: Any) -> None:
+    """Add the adapter to the weights under it, in place and for good; raises ModelError when it holds NaN."""
+    try:
+        adapter.merge_and_unload(safe_merge=True)
+    except ValueError as problem:
+        raise ModelError(f"the adapter can't be merged: {problem}") from problem
 
 
 def rank_of(adapter: Any) -> tuple[int, int]:

@@ -116,6 +116,11 @@ class Policy:
         else:
             load_weights(self.model, path)
 
+    def merge_adapter(self) -> None:
+        """Add the adapter to the model's weights, for good."""
+        lora.merge_adapter(self.adapter)
+        self.adapter = None
+
     def save(self, model_path: str, folder: Path) -> None:
         """Write the model as a folder that loads by itself, or the adapter alone where there is one; the processor too.
 

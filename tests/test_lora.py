@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +16,16 @@ from safetensors.torch import load_file
 from test_policy import sample, three_prompts
 from test_training import tags
 
+import export
 import lora
 import run
 import test_model
 import train_vlm_parallel as training
-from config import AnswerOptions, CompareOptions, OptionError
+from config import AnswerOptions, CompareOptions, ExportOptions, OptionError, read_options, write_options
 from family import ModelError
 from policy import Policy, load_minicpm, parameter_table, set_trainable, warn_without_gradient
 
+ROOT = Path(__file__).resolve().parent.parent
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
 DELTA_NET = {f"linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")}
 MLP = {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
@@ -278,3 +284,90 @@ def test_four_bits_say_what_is_missing(shop, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelError, match="needs a GPU"):
         load_minicpm(str(shop / "model"), quantize="4bit")
+
+
+def merge_options(checkpoint, output, **changes):
+    return ExportOptions(**{"checkpoint_path": str(checkpoint), "output_path": str(output), "device": "cpu",
+                            **changes})
+
+
+def greedy_ids(policy, prompts):
+    generation = sample(policy, prompts, group_size=1, temperature=None)
+    return [row[mask].tolist() for row, mask in zip(generation.completions, generation.action_mask, strict=True)]
+
+
+def test_the_merged_folder_answers_as_base_and_adapter_do(trained, tmp_path):
+    checkpoint, options = trained
+    merged = tmp_path / "merged"
+    done = subprocess.run([sys.executable, str(ROOT / "export.py"), "--checkpoint_path", str(checkpoint),
+                           "--output_path", str(merged), "--device", "cpu"], capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "4 products answered alike" in done.stdout
+    assert not (merged / "adapter_config.json").exists() and (merged / "prompt.txt").is_file()
+
+    from transformers import AutoModelForImageTextToText
+
+    model, report = AutoModelForImageTextToText.from_pretrained(merged, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    _, tokenizer, image_processor = load_minicpm(str(merged))
+    policy, reference, _ = training.load_models(options, checkpoint)
+    prompts = three_prompts(policy)
+    by_adapter = greedy_ids(policy, prompts)
+    assert greedy_ids(Policy(model, tokenizer, image_processor), prompts) == by_adapter
+    assert greedy_ids(reference, prompts) != by_adapter
+    test_model.answer_product(AnswerOptions(model_path=str(merged), text="box 1", device="cpu"))
+    training.train(lora_options(Path(options.model_path).parent, tmp_path, model_path=str(merged), max_steps=1))
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "qwen2_5_vl", "qwen3_vl", "remote"])
+def test_every_family_exports(kind, request, tmp_path, tokenizer, image_processor, capsys):
+    folder = tmp_path / "model"
+    if kind == "remote":
+        folder = request.getfixturevalue("standin")
+    else:
+        for part in parts_of(kind, tokenizer, image_processor):
+            part.save_pretrained(folder)
+    policy = Policy(*load_minicpm(str(folder), trust_remote_code=True))
+    policy.save(str(folder), tmp_path / "whole")
+    adapted(policy).adapter.peft_config["default"].base_model_name_or_path = str(folder)
+    policy.save(str(folder), tmp_path / "adapter")
+    export.export(merge_options(tmp_path / "adapter", tmp_path / "merged", trust_remote_code=True))
+    assert "4 products answered alike" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert names == {path.name for path in (tmp_path / "whole").iterdir()} | {"options.yaml"}
+
+
+def test_a_merge_that_answers_otherwise_is_refused_and_leaves_nothing(trained, tmp_path, monkeypatch):
+    checkpoint, _ = trained
+    good = lora.merge_adapter
+
+    def forgetful(adapter):
+        good(adapter)
+        with torch.no_grad():
+            adapter.base_model.model.model.language_model.layers[-1].mlp.down_proj.weight.neg_()
+
+    monkeypatch.setattr(lora, "merge_adapter", forgetful)
+    with pytest.raises(ModelError, match=r"row 2: base \+ adapter .*, merged "):
+        export.export(merge_options(checkpoint, tmp_path / "out" / "merged"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_export_without_the_training_sheet_says_what_it_compares(trained, tmp_path, said):
+    checkpoint = tmp_path / "moved"
+    shutil.copytree(trained[0], checkpoint)
+    options = read_options(checkpoint / "options.yaml")
+    write_options(replace(options, data_path="gone.xlsx", quantize="4bit"), checkpoint / "options.yaml")
+    export.export(merge_options(checkpoint, tmp_path / "merged", num_products=2))
+    assert "made-up texts" in "".join(said) and "trained on a base in 4bit" in "".join(said)
+    assert read_options(tmp_path / "merged" / "options.yaml").quantize == "none"
+
+
+def test_exports_that_can_not_be_are_refused(shop, tmp_path):
+    for changes, message in (({"checkpoint_path": ""}, "--checkpoint_path is missing"),
+                             ({"output_path": ""}, "--output_path is missing"),
+                             ({"output_path": str(shop)}, "is there already")):
+        with pytest.raises(OptionError, match=message):
+            merge_options("x", tmp_path / "merged", **changes).check()
+    with pytest.raises(OptionError, match="no adapter there"):
+        export.export(merge_options(shop / "model", tmp_path / "merged"))
