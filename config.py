@@ -38,12 +38,14 @@ class ModelOptions:
     model_path: str = option("openbmb/MiniCPM-o-2_6", "folder or hub name of the policy; its frozen copy is the "
                                                       "reference policy")
     checkpoint_path: str | None = option(None, "start from these weights instead: a checkpoint folder or a plain "
-                                               "model_stepN.pt state dict; the reference policy stays model_path")
+                                               "model_stepN.pt state dict; the reference policy stays model_path; "
+                                               "with lora_rank a checkpoint folder with an adapter")
     trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
     train_vision: bool = option(False, "train the vision tower and its projection too, not only the language model")
     # No lora_dropout: sampling and scoring must see the same network.
     lora_rank: int | None = option(None, "train adapters of this rank on every linear layer of the language model "
-                                         "instead of its weights; default: train the weights")
+                                         "instead of its weights; the reference policy is the same model with "
+                                         "the adapters off; default: train the weights")
     lora_alpha: int | None = option(None, "adapters are scaled by lora_alpha / lora_rank; default: 2 * lora_rank")
     quantize: Literal["none", "4bit"] = option("none", "4bit: keep the frozen model under the adapters in 4 bits; "
                                                        "needs lora_rank, a GPU and bitsandbytes")
