@@ -39,7 +39,7 @@ def load(options: AnswerOptions) -> tuple[PromptEncoder, TrainOptions]:
         logger.info("no options.yaml with this model: default prompt and photo budget")
         trained = TrainOptions()
     model_path, weights = options.model_path, options.checkpoint_path
-    if is_adapter(model_path):
+    if not weights and is_adapter(model_path):
         model_path, weights = "", model_path
     if not model_path:  # an adapter or a plain state dict needs the model it belongs to
         whole = Path(weights).is_dir()

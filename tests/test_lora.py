@@ -259,6 +259,8 @@ def test_comparing_and_answering_with_an_adapter(trained, capsys):
     assert with_adapter == answer(checkpoint_path=str(checkpoint))
     assert with_adapter == answer(model_path=options.model_path, checkpoint_path=str(checkpoint))
     assert with_adapter != answer(model_path=options.model_path)
+    with pytest.raises(ModelError, match="no folder with a config.json"):
+        answer(model_path=str(checkpoint), checkpoint_path=str(checkpoint))
 
 
 @pytest.mark.parametrize(("changes", "said"), [
