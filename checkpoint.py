@@ -1,12 +1,15 @@
 """Checkpoints: written whole or not at all, found again, pruned, resumed from.
 
 A checkpoint is a folder that transformers loads by itself (safetensors weights, tokenizer, image processor), with
-options.yaml and, for --resume, trainer_state.pt beside the weights.
+options.yaml and, for --resume, trainer_state.pt beside the weights. With --lora_rank it holds the adapter instead of
+the weights, as peft writes it.
 """
 
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,23 +32,41 @@ def save_checkpoint(policy: Policy, options: TrainOptions, step: int, state: dic
     The folder appears under its name only when every file in it is on the disk.
     """
     final = Path(options.output_dir) / f"step_{step:06d}"
+    with whole_folder(final) as folder:
+        save_model(policy, options, options.model_path, folder)
+        torch.save(state, folder / STATE_FILE)
+    prune_checkpoints(Path(options.output_dir), options.keep_last)
+    return final
+
+
+def save_model(policy: Policy, options: TrainOptions, base_path: str, folder: Path) -> None:
+    """Write the model, or its adapter, with the options it was trained with; base_path: the model it came from."""
+    policy.save(base_path, folder)
+    write_options(options, folder / OPTIONS_FILE)
+    if options.prompt_file:
+        shutil.copyfile(options.prompt_file, folder / PROMPT_FILE)
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """Give a folder to fill, which takes its name when the block ends well and every file is on the disk.
+
+    An error in the block leaves nothing behind.
+    """
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    policy.family.save(policy.model, policy.tokenizer, policy.image_processor, options.model_path, partial)
-    write_options(options, partial / OPTIONS_FILE)
-    if options.prompt_file:
-        shutil.copyfile(options.prompt_file, partial / PROMPT_FILE)
-    torch.save(state, partial / STATE_FILE)
-    for path in sorted(partial.iterdir()):
-        _sync(path)
-    _sync(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
+    try:
+        yield partial
+        for path in sorted(partial.iterdir()):
+            _sync(path)
+        _sync(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     _sync(final.parent)
-    prune_checkpoints(Path(options.output_dir), options.keep_last)
-    return final
 
 
 def _sync(path: Path) -> None:

@@ -38,9 +38,17 @@ class ModelOptions:
     model_path: str = option("openbmb/MiniCPM-o-2_6", "folder or hub name of the policy; its frozen copy is the "
                                                       "reference policy")
     checkpoint_path: str | None = option(None, "start from these weights instead: a checkpoint folder or a plain "
-                                               "model_stepN.pt state dict; the reference policy stays model_path")
+                                               "model_stepN.pt state dict; the reference policy stays model_path; "
+                                               "with lora_rank a checkpoint folder with an adapter")
     trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
     train_vision: bool = option(False, "train the vision tower and its projection too, not only the language model")
+    # No lora_dropout: sampling and scoring must see the same network.
+    lora_rank: int | None = option(None, "train adapters of this rank on every linear layer of the language model "
+                                         "instead of its weights; the reference policy is the same model with "
+                                         "the adapters off; default: train the weights")
+    lora_alpha: int | None = option(None, "adapters are scaled by lora_alpha / lora_rank; default: 2 * lora_rank")
+    quantize: Literal["none", "4bit"] = option("none", "4bit: keep the frozen model under the adapters in 4 bits; "
+                                                       "needs lora_rank, a GPU and bitsandbytes")
     max_slice_nums: int | None = option(None, "slices a photo may be cut into; default: the model's own; for models "
                                               "that cut photos, as MiniCPM does and Qwen does not")
     max_pixels: int | None = option(None, "pixels of a photo at most, larger ones are scaled down; default: the "
@@ -149,11 +157,25 @@ class TrainOptions(RunOptions, OptimizerOptions, LossOptions, RolloutOptions, Da
             raise OptionError("--min_lr_ratio needs --lr_scheduler linear or cosine")
         if self.warmup_steps > self.max_steps:
             raise OptionError(f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}")
+        self.check_lora()
         if self.resume and self.overwrite_output_dir:
             raise OptionError("--resume and --overwrite_output_dir contradict each other: take one")
         check_data_path(self.data_path)
         if self.eval_path and not Path(self.eval_path).is_file():
             raise OptionError(f"--eval_path {self.eval_path}: no such file")
+
+    def check_lora(self) -> None:
+        """Refuse options that need an adapter without one, or that it can't be trained with; raises OptionError."""
+        if self.lora_rank is None:
+            for name, default in (("lora_alpha", None), ("quantize", "none")):
+                if getattr(self, name) != default:
+                    raise OptionError(f"--{name} {getattr(self, name)} needs --lora_rank: without adapters every "
+                                      "weight trains")
+        elif self.train_vision:
+            raise OptionError("--train_vision and --lora_rank contradict each other: adapters are on the language "
+                              "model only; take one")
+        if self.quantize == "4bit" and self.device == "cpu":
+            raise OptionError("--quantize 4bit needs a GPU: leave it out, or take --device cuda")
 
 
 @dataclass
@@ -220,6 +242,31 @@ class AnswerOptions:
 
 
 @dataclass
+class ExportOptions:
+    """What to merge"""
+
+    checkpoint_path: str = option("", "a checkpoint folder with an adapter (--lora_rank)")
+    output_path: str = option("", "the model folder to write; it must not be there yet")
+    model_path: str | None = option(None, "the model under the adapter; default: the one it was trained on")
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
+    data_path: str | None = option(None, "a sheet with products to compare answers on; default: the training sheet")
+    image_cache_dir: str | None = option(None, "folder with its photos; default: that of the training run")
+    num_products: int = option(4, "products answered before and after the merge")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
+    num_threads: int | None = option(None, "CPU threads for torch")
+
+    def check(self) -> None:
+        """Refuse values that can't work; raises OptionError naming the option."""
+        check_ranges(self, _RANGES)
+        if not self.checkpoint_path:
+            raise OptionError("--checkpoint_path is missing: give the checkpoint folder with the adapter")
+        if not self.output_path:
+            raise OptionError("--output_path is missing: give the folder to write the merged model to")
+        if Path(self.output_path).exists():
+            raise OptionError(f"--output_path {self.output_path} is there already: name a folder that isn't")
+
+
+@dataclass
 class DemoOptions:
     """What to make"""
 
@@ -236,8 +283,9 @@ class DemoOptions:
 
 _POSITIVE = ("group_size", "batch_size", "max_length", "temperature", "rollout_batch_size", "lr", "max_grad_norm",
              "epochs", "minibatch_size", "micro_batch_size", "max_bad_steps", "max_steps", "save_every",
-             "eval_samples", "num_samples", "eval_batch_size", "max_products", "num_threads", "max_slice_nums",
-             "max_pixels", "max_prompt_length", "products", "held_out", "warm_up_steps")
+             "eval_samples", "num_samples", "num_products", "eval_batch_size", "max_products", "num_threads",
+             "max_slice_nums", "max_pixels", "max_prompt_length", "lora_rank", "lora_alpha", "products", "held_out",
+             "warm_up_steps")
 _NOT_NEGATIVE = ("kl_weight", "std_floor", "warmup_steps", "weight_decay", "keep_last", "eval_every", "seed",
                  "prompt_cache_mb")
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {

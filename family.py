@@ -40,11 +40,15 @@ class Family:
     """One model family. Methods take the model, so that policy and reference policy share one instance."""
 
     model_types: tuple[str, ...] = ()  # config.json's model_type values that belong to this family
+    vision_names: tuple[str, ...] = ()  # the modules that --train_vision trains: the tower, its way into the text model
     cuts_slices = True  # False: photos go in whole, and --max_slice_nums is refused
     runs_remote_code = False  # load() runs Python files of the model's folder: asked for with --trust_remote_code
 
-    def load(self, model_path: str, dtype: torch.dtype) -> tuple[nn.Module, Any, Any]:
-        """Load (model, tokenizer, image processor) from a folder or hub name."""
+    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None) -> tuple[nn.Module, Any, Any]:
+        """Load (model, tokenizer, image processor) from a folder or hub name.
+
+        quantization: transformers' quantization_config, None for weights of the given dtype.
+        """
         raise NotImplementedError
 
     def encode_prompt(self, tokenizer: Any, image_processor: Any, text: str, photos: Sequence[Image.Image],
@@ -90,8 +94,14 @@ class Family:
         raise NotImplementedError
 
     def vision_modules(self, model: nn.Module) -> list[nn.Module]:
-        """The modules that --train_vision trains: the tower and its projection into the language model."""
-        raise NotImplementedError
+        """The modules that --train_vision trains."""
+        return [model.get_submodule(name) for name in self.vision_names]
+
+    def lora_targets(self, model: nn.Module) -> list[str]:
+        """Name, in full, every linear layer of the language model: those that get an adapter."""
+        inside = {id(module) for module in self.language_model(model).modules()}
+        return [name for name, module in model.named_modules()
+                if id(module) in inside and isinstance(module, nn.Linear)]
 
     def never_sampled(self, model: nn.Module, tokenizer: Any) -> list[int]:
         """Ids that stand for photos: sampled in an answer they would crash or blind the next forward pass."""
@@ -100,6 +110,10 @@ class Family:
     def save(self, model: nn.Module, tokenizer: Any, image_processor: Any, model_path: str, folder: Path) -> None:
         """Write a folder that loads by itself: weights, config, tokenizer, processor files of model_path."""
         model.save_pretrained(folder, safe_serialization=True)
+        self.save_processor(tokenizer, image_processor, model_path, folder)
+
+    def save_processor(self, tokenizer: Any, image_processor: Any, model_path: str, folder: Path) -> None:
+        """Write what a model folder holds besides weights and config: tokenizer, processor files of model_path."""
         tokenizer.save_pretrained(folder)
         image_processor.save_pretrained(folder)
         for name in _PROCESSOR_FILES:

@@ -37,12 +37,13 @@ class MiniCPMRemote(Family):
     """The MiniCPM models whose code comes with the weights; audio and TTS stay off."""
 
     model_types = ("minicpmo", "minicpmv")
+    vision_names = ("vpm", "resampler")
     runs_remote_code = True
 
-    def load(self, model_path: str, dtype: torch.dtype) -> tuple[nn.Module, Any, Any]:
+    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None) -> tuple[nn.Module, Any, Any]:
         """Load (model, tokenizer, processor), running the code in the folder; raises OSError when files are missing."""
         folder = local_folder(model_path)
-        model, processor = load_remote(folder, dtype)
+        model, processor = load_remote(folder, dtype, quantization)
         tokenizer = processor.tokenizer
         missing = [name for name in _MARKERS if getattr(tokenizer, name, None) is None]
         if missing:
@@ -117,10 +118,6 @@ class MiniCPMRemote(Family):
         """The language model head."""
         return model.llm.lm_head
 
-    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
-        """The SigLIP tower and the resampler."""
-        return [model.vpm, model.resampler]
-
     def never_sampled(self, model: nn.Module, tokenizer: Any) -> list[int]:
         """Photo and slice markers, and the unknown token that stands for photo features."""
         return sorted({tokenizer.convert_tokens_to_ids(getattr(tokenizer, name)) for name in _MARKERS})
@@ -129,13 +126,18 @@ class MiniCPMRemote(Family):
              folder: Path) -> None:
         """Write the weights beside the makers' own files: code, tokenizer, processor; config.json with audio off."""
         model.save_pretrained(folder)
-        for name, content in image_processor.files.items():
-            (folder / name).write_bytes(content)
+        self.save_processor(tokenizer, image_processor, model_path, folder)
         config = json.loads(image_processor.files["config.json"])
         config.pop("dtype", None)
         config |= {"init_vision": True, "init_audio": False, "init_tts": False,
                    "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    def save_processor(self, tokenizer: Any, image_processor: RemoteProcessor, model_path: str, folder: Path) -> None:
+        """Write the makers' own files as they are, but for config.json: code, tokenizer, processor."""
+        for name, content in image_processor.files.items():
+            if name != "config.json":
+                (folder / name).write_bytes(content)
 
 
 def warn_of_other_ids(tokenizer: Any, folder: Path) -> None:

@@ -21,8 +21,9 @@ class MiniCPMV46(Family):
     """MiniCPM-V-4.6, any size."""
 
     model_types = ("minicpmv4_6",)
+    vision_names = ("model.vision_tower", "model.merger")
 
-    def load(self, model_path: str, dtype: torch.dtype) -> tuple[nn.Module, Any, Any]:
+    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None) -> tuple[nn.Module, Any, Any]:
         """Load (model, tokenizer, image processor); raises OSError when files are missing."""
         from transformers import AutoModelForImageTextToText, AutoTokenizer
         from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
@@ -32,7 +33,7 @@ class MiniCPMV46(Family):
         if missing:
             raise ModelError(f"{model_path}: the tokenizer lacks {', '.join(missing)}; take the model's own tokenizer")
         image_processor = MiniCPMV4_6ImageProcessorPil.from_pretrained(model_path)
-        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype)
+        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype, quantization_config=quantization)
         if model.config.image_token_id != tokenizer.image_token_id:
             raise ModelError(f"{model_path}: config.json says image_token_id {model.config.image_token_id}, the "
                              f"tokenizer {tokenizer.image_token_id}")
@@ -79,10 +80,6 @@ class MiniCPMV46(Family):
     def head(self, model: nn.Module) -> nn.Module:
         """The language model head."""
         return model.lm_head
-
-    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
-        """The SigLIP tower and the merger."""
-        return [model.model.vision_tower, model.model.merger]
 
     def never_sampled(self, model: nn.Module, tokenizer: Any) -> list[int]:
         """Photo, slice and video markers."""

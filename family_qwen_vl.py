@@ -26,9 +26,10 @@ class Qwen25VL(Family):
     """Qwen2.5-VL, any size."""
 
     model_types = ("qwen2_5_vl",)
+    vision_names = ("model.visual",)  # its mergers are inside
     cuts_slices = False
 
-    def load(self, model_path: str, dtype: torch.dtype) -> tuple[nn.Module, Any, Any]:
+    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None) -> tuple[nn.Module, Any, Any]:
         """Load (model, tokenizer, image processor); raises OSError when files are missing."""
         from transformers import AutoModelForImageTextToText, AutoTokenizer, ProcessorMixin
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -41,7 +42,7 @@ class Qwen25VL(Family):
             raise ModelError(f"{model_path}: no chat template, neither a chat_template file nor one in "
                              "tokenizer_config.json")
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(model_path)
-        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype)
+        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype, quantization_config=quantization)
         _check_parts(model_path, model.config, tokenizer, image_processor)
         return model, tokenizer, image_processor
 
@@ -98,10 +99,6 @@ class Qwen25VL(Family):
     def head(self, model: nn.Module) -> nn.Module:
         """The language model head."""
         return model.lm_head
-
-    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
-        """The vision tower; its mergers are inside."""
-        return [model.model.visual]
 
     def never_sampled(self, model: nn.Module, tokenizer: Any) -> list[int]:
         """Photo and video markers."""

@@ -7,7 +7,8 @@ products run under autocast. Dropout is never active (eval mode), so sampling an
 import copy
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
+import lora
 import shared_prefix
+from config import TrainOptions
 from family import Family, ModelError, Prompt
 from family_minicpm_remote import MiniCPMRemote
 from family_minicpm_v46 import MiniCPMV46, MiniCPMV47
@@ -92,10 +95,52 @@ class Policy:
             shared_prefix.install(self._language_model)
         self._banned = torch.tensor(self.family.never_sampled(model, tokenizer), device=self.device)
         self._stops = torch.tensor(stop_token_ids(model, tokenizer), device=self.device)
+        self.adapter: Any = None  # peft's wrapper around the model, when low-rank adapters are in it
+        self._adapter_off = False
 
-    def autocast(self) -> torch.autocast:
-        """The compute dtype's context; keep one open around a whole loop, it caches the cast weights."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+    def add_adapter(self, rank: int, alpha: int | None, base_path: str) -> None:
+        """Put a new adapter on every linear layer of the language model; alpha None: 2 * rank."""
+        self.adapter = lora.add_adapter(self.model, self.family.lora_targets(self.model), rank, alpha or 2 * rank,
+                                        base_path)
+
+    def without_adapter(self) -> "Policy":
+        """The same model as it is with the adapter switched off: the base, no second copy."""
+        base = copy.copy(self)
+        base._adapter_off = True
+        return base
+
+    def load_weights(self, path: str) -> None:
+        """Take on a checkpoint: its adapter, put on this model, or its weights; raises ModelError when none fits."""
+        if lora.is_adapter(path):
+            self.adapter = lora.load_adapter(self.model, path)
+        else:
+            load_weights(self.model, path)
+
+    def merge_adapter(self) -> None:
+        """Add the adapter to the model's weights, for good."""
+        lora.merge_adapter(self.adapter)
+        self.adapter = None
+
+    def save(self, model_path: str, folder: Path) -> None:
+        """Write the model as a folder that loads by itself, or the adapter alone where there is one; the processor too.
+
+        model_path: the model that this one came from.
+        """
+        if self.adapter is None:
+            self.family.save(self.model, self.tokenizer, self.image_processor, model_path, folder)
+        else:
+            lora.save_adapter(self.adapter, folder)
+            self.family.save_processor(self.tokenizer, self.image_processor, model_path, folder)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """The compute dtype, and the adapter on or off."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            if self._adapter_off:
+                with self.adapter.disable_adapter():
+                    yield
+            else:
+                yield
 
     def encode_prompt(self, text: str, photos: Sequence[Any]) -> Prompt:
         """Prepare a prompt text and its photos (CPU tensors)."""
@@ -104,7 +149,7 @@ class Policy:
 
     def photo_features(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
         """Encode the photos of some prompts: per prompt (photo tokens, width), or None without photos."""
-        with self.autocast():
+        with self.computing():
             return self.family.photo_features(self.model, prompts)
 
     def sample(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], uniforms: Tensor,
@@ -114,7 +159,7 @@ class Policy:
         uniforms: (B * G, T) float64 in [0, 1), one number a token: the whole randomness, so that a product's answers
         depend neither on the products beside it nor on the device. temperature None answers greedily.
         """
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.computing():
             return self._sample(prompts, features, uniforms.to(self.device), temperature)
 
     def _sample(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], uniforms: Tensor,
@@ -167,7 +212,7 @@ class Policy:
         features: reuse encoded photos; None encodes them here, with gradient where the vision trains.
         exact_path: a row an answer instead of a row a group; None does as the policy was told.
         """
-        with self.autocast():
+        with self.computing():
             if features is None:
                 features = self.family.photo_features(self.model, prompts)
             prefix = self._embed(prompts, features)
@@ -276,12 +321,12 @@ def stop_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     return sorted(ids)
 
 
-def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
-                 ) -> tuple[nn.Module, Any, Any]:
+def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False,
+                 quantize: str = "none") -> tuple[nn.Module, Any, Any]:
     """Load (model, tokenizer, image processor) from a folder or hub name, whatever its family.
 
-    trust_remote_code: allow a family to run the Python files in the model's folder. Raises ModelError naming the path,
-    and the known families when it is of none.
+    trust_remote_code: allow a family to run the Python files in the model's folder. quantize "4bit" puts the language
+    model on the GPU in 4 bits. Raises ModelError naming the path, and the known families when it is of none.
     """
     from transformers import PretrainedConfig
     from transformers.utils import logging
@@ -301,9 +346,21 @@ def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32, trust_remo
             raise ModelError(f"--model_path {model_path}: a {model_type} model runs Python files that come with its "
                              "weights, with your rights. Read them, or trust who wrote them, then say so with "
                              "--trust_remote_code; nothing of it has been run or fetched")
-        return family.load(model_path, dtype)
+        return family.load(model_path, dtype, lora.four_bit(family, dtype) if quantize == "4bit" else None)
     except OSError as problem:
         raise ModelError(f"--model_path {model_path}: {problem}") from problem
+
+
+def load_policy(model_path: str, options: TrainOptions, device: str, trust_remote_code: bool) -> Policy:
+    """Load a model as a run with these options does, before any of the run's own weights or adapter.
+
+    Under an adapter the frozen base is held in the compute dtype, or in 4 bits; weights that train are float32.
+    """
+    dtype = DTYPES[options.dtype]
+    model, tokenizer, image_processor = load_minicpm(model_path, dtype if options.lora_rank else torch.float32,
+                                                     trust_remote_code, options.quantize)
+    return Policy(model.to(choose_device(device)), tokenizer, image_processor, dtype, options.max_slice_nums,
+                  options.max_pixels, options.exact_path)
 
 
 def load_weights(model: nn.Module, path: str) -> None:
@@ -312,6 +369,9 @@ def load_weights(model: nn.Module, path: str) -> None:
     Raises ModelError when the file can't be read or does not fit the model, naming the first tensors that differ.
     """
     source = Path(path)
+    if lora.is_adapter(path):
+        raise ModelError(f"{path}: an adapter, not a model's weights: train it with --lora_rank, or merge it with "
+                         "python export.py")
     if source.is_dir():
         state, wrong, missing = _read_folder(model, source)
     elif source.is_file():
@@ -356,13 +416,18 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def set_trainable(policy: Policy, train_vision: bool) -> list[nn.Parameter]:
-    """Let the language model train, and the vision with train_vision; returns the trainable parameters.
+    """Let the language model train, and the vision with train_vision, or the adapter alone where there is one.
+
+    Returns the trainable parameters.
 
     They are float32 whatever the compute dtype: an update of 1e-6 relative size vanishes in bfloat16.
     """
-    policy.model.requires_grad_(True)
+    policy.model.requires_grad_(policy.adapter is None)
     for module in policy.family.vision_modules(policy.model):
         module.requires_grad_(train_vision)
+    for name, parameter in policy.model.named_parameters():
+        if ".lora_" in name:
+            parameter.requires_grad_(True)
     parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
@@ -370,7 +435,7 @@ def set_trainable(policy: Policy, train_vision: bool) -> list[nn.Parameter]:
 
 
 def parameter_parts(policy: Policy) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Group the model's parameters by the part a person thinks in: vision, embeddings, each kind of layer, head."""
+    """Group parameters by the part a person thinks in: vision, embeddings, each kind of layer, head, adapters."""
     vision = {id(parameter) for module in policy.family.vision_modules(policy.model)
               for parameter in module.parameters()}
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
@@ -380,7 +445,7 @@ def parameter_parts(policy: Policy) -> dict[str, list[tuple[str, nn.Parameter]]]
             part = "vision: " + words[0]
         else:
             words = [word for word in words if not word.isdigit()]
-            part = "language: " + (".".join(words[:2]) if len(words) > 1 else words[0])
+            part = "adapter: " + words[1] if ".lora_" in name else "language: " + ".".join(words[:2])
         parts.setdefault(part, []).append((name, parameter))
     return parts
 

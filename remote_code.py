@@ -34,7 +34,7 @@ def local_folder(model_path: str) -> Path:
     return Path(snapshot_download(model_path, ignore_patterns=["assets/*", "*.gguf", "*.onnx"]))
 
 
-def load_remote(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def load_remote(folder: Path, dtype: torch.dtype, quantization: Any = None) -> tuple[nn.Module, Any]:
     """Run the folder's code and load (model, processor), audio and TTS off.
 
     Raises ModelError when the code needs a package that is not installed or is not built as MiniCPM-o and -V are.
@@ -54,7 +54,7 @@ def load_remote(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
             model_class = get_class_from_dynamic_module(code["AutoModel"], folder)
             call_post_init(model_class)
             model_class._keys_to_ignore_on_load_unexpected = list(_OFF)
-            model = model_class.from_pretrained(folder, config=config, dtype=dtype)
+            model = model_class.from_pretrained(folder, config=config, dtype=dtype, quantization_config=quantization)
         except ImportError as problem:
             raise ModelError(f"{folder}: the code of this model can't be imported: {problem}") from problem
     missing = [name for name in ("llm", "vpm", "resampler", "get_vllm_embedding") if not hasattr(model, name)]

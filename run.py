@@ -24,7 +24,7 @@ from checkpoint import options_of
 from data import DataError, Sample, load_samples, require_usable, split_held_out, summarise_problems
 from evaluation import Record, ablations, evaluate, summarise
 from family import ModelError
-from policy import DTYPES, Policy, choose_device, load_minicpm, load_weights
+from policy import load_policy
 from prompts import read_template
 from report import change_lines, compare_products, curve_svg, product_line, summary_table, write_json, write_sheet
 from rollout import PromptEncoder
@@ -37,15 +37,13 @@ def compare(options: CompareOptions) -> None:
     trained = training_options(options)
     samples = choose_samples(options, trained)
     before_path = options.model_path or trained.model_path
-    model, tokenizer, image_processor = load_minicpm(before_path, trust_remote_code=options.trust_remote_code)
-    policy = Policy(model.to(choose_device(options.device)), tokenizer, image_processor, DTYPES[trained.dtype],
-                    trained.max_slice_nums, trained.max_pixels)
+    policy = load_policy(before_path, trained, options.device, options.trust_remote_code)
     make_encoder = partial(PromptEncoder, policy, trained.prompt_language, read_template(trained.prompt_file),
                            trained.prompt_cache_mb, trained.max_prompt_length)
     encoder = make_encoder()
 
     results: dict[str, list[Record]] = {"before": answer(encoder, samples, options, trained)}
-    load_weights(policy.model, options.checkpoint_path)
+    policy.load_weights(options.checkpoint_path)
     results["after"] = answer(encoder, samples, options, trained)
     if options.ablate:
         for name, (blind, others) in ablations(samples, make_encoder).items():

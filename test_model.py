@@ -3,7 +3,7 @@
     python test_model.py --model_path demo/model --text "mug, grid 5 cm" --image front.png --image side.png
     python test_model.py --model_path outputs/demo/step_000420 --data_path demo/held_out.xlsx
 
-A checkpoint brings the prompt, photo budget and sampling it was trained with.
+A checkpoint brings the prompt, photo budget and sampling it was trained with; an adapter brings the model under it.
 """
 
 import sys
@@ -22,7 +22,8 @@ from checkpoint import options_of
 from data import DataError, PhotoError, Sample, load_samples, require_usable, summarise_problems
 from evaluation import evaluate
 from family import ModelError
-from policy import DTYPES, Policy, choose_device, load_minicpm, load_weights
+from lora import base_of, is_adapter
+from policy import load_policy
 from prompts import read_template
 from report import answer_line, sizes_text, write_sheet
 from reward import LabelError, RewardParts, parse_label
@@ -37,14 +38,15 @@ def load(options: AnswerOptions) -> tuple[PromptEncoder, TrainOptions]:
     if trained is None:
         logger.info("no options.yaml with this model: default prompt and photo budget")
         trained = TrainOptions()
-    if options.checkpoint_path and not options.model_path and not Path(options.checkpoint_path).is_dir():
-        options.model_path = trained.model_path  # a plain state dict needs the model it belongs to
-    model, tokenizer, image_processor = load_minicpm(options.model_path or str(options.checkpoint_path),
-                                                     trust_remote_code=options.trust_remote_code)
-    if options.checkpoint_path:
-        load_weights(model, options.checkpoint_path)
-    policy = Policy(model.to(choose_device(options.device)), tokenizer, image_processor, DTYPES[trained.dtype],
-                    trained.max_slice_nums, trained.max_pixels)
+    model_path, weights = options.model_path, options.checkpoint_path
+    if not weights and is_adapter(model_path):
+        model_path, weights = "", model_path
+    if not model_path:  # an adapter or a plain state dict needs the model it belongs to
+        whole = Path(weights).is_dir()
+        model_path = base_of(weights) if is_adapter(weights) else weights if whole else trained.model_path
+    policy = load_policy(model_path, trained, options.device, options.trust_remote_code)
+    if weights:
+        policy.load_weights(weights)
     own_wording = options.prompt_file or options.prompt_language
     template = read_template(options.prompt_file if own_wording else trained.prompt_file)
     return PromptEncoder(policy, options.prompt_language or trained.prompt_language, template,

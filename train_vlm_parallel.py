@@ -42,6 +42,7 @@ from data import (
 )
 from evaluation import evaluate, summarise
 from family import ModelError
+from lora import is_adapter, rank_of
 from loss import VLM_GRPOLoss, group_advantages
 from policy import (
     DTYPES,
@@ -49,6 +50,7 @@ from policy import (
     choose_device,
     freeze,
     load_minicpm,
+    load_policy,
     load_weights,
     parameter_table,
     set_trainable,
@@ -209,6 +211,9 @@ def load_models(options: TrainOptions, resume_from: Path | None) -> tuple[Policy
 
     The third value says whether both have the same frozen vision, so that photos are encoded once for both.
     """
+    if options.lora_rank:
+        policy = load_adapted(options, resume_from)
+        return policy, policy.without_adapter() if options.kl_weight else None, True
     device, dtype = choose_device(options.device), DTYPES[options.dtype]
     model, tokenizer, image_processor = load_minicpm(options.model_path, trust_remote_code=options.trust_remote_code)
     reference_model = freeze(copy.deepcopy(model)) if options.kl_weight else None
@@ -227,6 +232,24 @@ def load_models(options: TrainOptions, resume_from: Path | None) -> tuple[Policy
     reference = Policy(reference_model.to(device, dtype), tokenizer, image_processor, dtype, options.max_slice_nums,
                        options.max_pixels, options.exact_path)
     return policy, reference, shares_vision
+
+
+def load_adapted(options: TrainOptions, resume_from: Path | None) -> Policy:
+    """Load the base with an adapter on it: the resumed run's, that of --checkpoint_path, or a new one."""
+    weights = str(resume_from) if resume_from else options.checkpoint_path
+    if weights and not is_adapter(weights):
+        raise OptionError(f"{weights} holds no adapter: with --lora_rank give whole weights as --model_path, so that "
+                          "the adapter, and the reference policy, start from them")
+    policy = load_policy(options.model_path, options, options.device, options.trust_remote_code)
+    if not weights:
+        policy.add_adapter(options.lora_rank, options.lora_alpha, options.model_path)
+        return policy
+    policy.load_weights(weights)
+    wanted = (options.lora_rank, options.lora_alpha or 2 * options.lora_rank)
+    if rank_of(policy.adapter) != wanted:
+        raise OptionError("--lora_rank {} --lora_alpha {}: the adapter in {} has {} and {}; give those".format(
+            *wanted, weights, *rank_of(policy.adapter)))
+    return policy
 
 
 def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> ReplayBuffer:

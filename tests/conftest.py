@@ -8,6 +8,7 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="remote_code_")  # the 
 
 import pytest
 import torch
+from loguru import logger
 from PIL import Image
 from torch.nn.functional import pad
 
@@ -150,6 +151,15 @@ def policy(request, tokenizer, image_processor):
 def qwen_policy(request, tokenizer, image_processor):
     """A tiny policy of each Qwen family."""
     return Policy(*parts_of(request.param, tokenizer, image_processor))
+
+
+@pytest.fixture
+def said():
+    """Every log line of the test."""
+    lines = []
+    sink = logger.add(lambda line: lines.append(str(line)), format="{level} {message}")
+    yield lines
+    logger.remove(sink)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import as_flags, train_options
-from loguru import logger
 from safetensors.torch import load_file
 
 import shared_prefix
@@ -25,15 +24,6 @@ from loss import VLM_GRPOLoss
 from policy import _Rows
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def said():
-    """Every log line of the test."""
-    lines = []
-    sink = logger.add(lambda line: lines.append(str(line)), format="{level} {message}")
-    yield lines
-    logger.remove(sink)
 
 
 def weights(folder):
