@@ -75,7 +75,8 @@ def choose_samples(options: ExportOptions, trained: TrainOptions) -> list[Sample
 
 def answer(policy: Policy, samples: Sequence[Sample], trained: TrainOptions) -> list[Group]:
     """Answer each product greedily; raises DataError naming the first that can't be answered."""
-    encoder = PromptEncoder(policy, trained.prompt_language, read_template(trained.prompt_file))
+    encoder = PromptEncoder(policy, trained.prompt_language, read_template(trained.prompt_file),
+                            max_prompt_length=trained.max_prompt_length)
     groups, failures = rollout_groups(encoder, samples, 1, None, trained.max_length, "export", 1)
     if failures:
         raise DataError(f"not answered, so the merge can't be checked: {failures[0]}")

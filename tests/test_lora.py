@@ -109,7 +109,7 @@ def test_shared_rows_equal_plain_rows_with_the_adapter_on_and_off(policy, column
     generation = sample(policy, prompts, columns=columns)
     for each in (policy, policy.without_adapter()):
         shared, plain = (scored(each, prompts, generation, exact_path=exact) for exact in (False, True))
-        assert (shared - plain).abs().max() < 1e-4
+        assert (shared - plain).abs().max() < 2e-4  # see below: short keys of the delta net
     rescored = scored(policy, prompts, generation)
     assert (rescored - generation.old_log_probs).abs().max() < 1e-4  # sampled with the adapter on
 
@@ -132,6 +132,8 @@ def remade(policy, request):
     kind = policy.model.config.model_type
     if kind == "minicpmv4_6":
         kind = "hybrid" if "linear_attention" in policy.model.config.text_config.layer_types else "dense"
+    if kind == "minicpmv4_7":
+        kind = "v47"
     return Policy(*parts_of(kind, policy.tokenizer, policy.image_processor))
 
 
