@@ -229,7 +229,9 @@ def load_models(options: TrainOptions, resume_from: Path | None) -> tuple[Policy
         torch.equal(one.to(device), other) for mine, theirs in
         zip(vision(reference_model), vision(model), strict=True)
         for one, other in zip(mine.parameters(), theirs.parameters(), strict=True))
-    reference = Policy(reference_model.to(device, dtype), tokenizer, image_processor, dtype, options.max_slice_nums,
+    for parameter in reference_model.parameters():  # not its buffers: positions in bfloat16 would be other positions
+        parameter.data = parameter.data.to(dtype)
+    reference = Policy(reference_model.to(device), tokenizer, image_processor, dtype, options.max_slice_nums,
                        options.max_pixels, options.exact_path)
     return policy, reference, shares_vision
 

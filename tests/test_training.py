@@ -238,6 +238,13 @@ def test_without_kl_no_reference_is_loaded(shop, tmp_path):
     assert "kl_divergence" not in tags(options.log_dir)
 
 
+def test_a_bfloat16_reference_keeps_its_positions_in_float32(shop, tmp_path):
+    options = train_options(shop, tmp_path, dtype="bfloat16")
+    _, reference, _ = training.load_models(options, None)
+    assert {parameter.dtype for parameter in reference.model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in reference.model.buffers() if buffer.is_floating_point()} == {torch.float32}
+
+
 def test_starting_from_other_weights_keeps_the_reference(shop, tmp_path):
     first = training.train(train_options(shop, tmp_path / "a", max_steps=2, lr=1e-2, eval_every=0))
     options = train_options(shop, tmp_path / "b", max_steps=1, eval_every=0, checkpoint_path=str(first))
