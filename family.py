@@ -1,6 +1,6 @@
 """What a model family has to say about itself, so that everything above it is written once.
 
-A new family is one file with a subclass of Family and one line in policy.FAMILIES.
+A new family is one file with a subclass of Family and one line in models.FAMILIES.
 """
 
 import math

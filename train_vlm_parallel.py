@@ -44,18 +44,8 @@ from evaluation import evaluate, summarise
 from family import ModelError
 from lora import is_adapter, rank_of
 from loss import VLM_GRPOLoss, group_advantages
-from policy import (
-    DTYPES,
-    Policy,
-    choose_device,
-    freeze,
-    load_minicpm,
-    load_policy,
-    load_weights,
-    parameter_table,
-    set_trainable,
-    warn_without_gradient,
-)
+from models import DTYPES, choose_device, freeze, load_minicpm, load_weights
+from policy import Policy, load_policy, parameter_table, set_trainable, warn_without_gradient
 from prompts import read_template
 from replay_buffer import Experience, ReplayBuffer, join_experiences, make_experience
 from reward import SUCCESS_REWARD

@@ -17,7 +17,8 @@ torch.set_num_threads(1)
 import standin_minicpm  # noqa: E402
 
 import demo  # noqa: E402
-from policy import Policy, load_minicpm  # noqa: E402
+from models import load_minicpm  # noqa: E402
+from policy import Policy  # noqa: E402
 
 
 def tiny_model(tokenizer, layer_types, version="4_6"):

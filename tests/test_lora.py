@@ -23,7 +23,8 @@ import test_model
 import train_vlm_parallel as training
 from config import AnswerOptions, CompareOptions, ExportOptions, OptionError, read_options, write_options
 from family import ModelError
-from policy import Policy, load_minicpm, parameter_table, set_trainable, warn_without_gradient
+from models import load_minicpm
+from policy import Policy, parameter_table, set_trainable, warn_without_gradient
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}

@@ -8,16 +8,8 @@ from conftest import noise_photo, own_logits, tiny_model
 
 import shared_prefix
 from family import ModelError, shrink
-from policy import (
-    Policy,
-    _inverse_cdf,
-    family_of,
-    freeze,
-    load_minicpm,
-    load_weights,
-    set_trainable,
-    warn_without_gradient,
-)
+from models import family_of, freeze, load_minicpm, load_weights
+from policy import Policy, _inverse_cdf, set_trainable, warn_without_gradient
 from rollout import draw_uniforms
 
 

@@ -26,7 +26,8 @@ import test_model
 import train_vlm_parallel as training
 from config import AnswerOptions, CompareOptions, TrainOptions
 from family import ModelError
-from policy import Policy, load_minicpm, load_weights
+from models import load_minicpm, load_weights
+from policy import Policy
 from replay_buffer import ReplayBuffer, make_experience
 from rollout import draw_uniforms
 
