@@ -83,30 +83,40 @@ def load_weights(model: nn.Module, path: str) -> None:
     if lora.is_adapter(path):
         raise ModelError(f"{path}: an adapter, not a model's weights: train it with --lora_rank, or merge it with "
                          "python export.py")
-    if source.is_dir():
-        state, wrong, missing = _read_folder(model, source)
-    elif source.is_file():
-        off = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()  # parts that this program leaves out
-        state = {name: tensor for name, tensor in torch.load(source, map_location="cpu", weights_only=True).items()
-                 if not any(re.search(pattern, name) for pattern in off)}
-        own, tied = model.state_dict(), set(getattr(model, "all_tied_weights_keys", None) or ())
+    off = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()  # parts that this program leaves out
+    state = {name: tensor for name, tensor in _read_tensors(source).items()
+             if not any(re.search(pattern, name) for pattern in off)}
+    own, tied = model.state_dict(), set(getattr(model, "all_tied_weights_keys", None) or ())
+    renamed = not state.keys() <= own.keys() and type(model).__module__.startswith("transformers.")
+    if source.is_dir() and renamed:
+        state, wrong, missing = _read_renamed(model, source)
+    else:
         wrong = [name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape]
         missing = [name for name in own if name not in state and name not in tied]
-    else:
-        raise ModelError(f"{path}: no such checkpoint folder or .pt file")
     if wrong or missing:
         raise ModelError(f"{path}: these weights are of another model; not in it or of another shape: {wrong[:3]}, "
                          f"missing: {missing[:3]}")
     model.load_state_dict(state, strict=False)
 
 
-def _read_folder(model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Read a folder as transformers does, since the names in its files can be others than the model's (Qwen2.5-VL).
+def _read_tensors(source: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    if source.is_file():
+        return torch.load(source, map_location="cpu", weights_only=True)
+    if not source.is_dir():
+        raise ModelError(f"{source}: no such checkpoint folder or .pt file")
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{source}: no .safetensors file in this folder")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _read_renamed(model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Read a folder as transformers does, which saves some models (Qwen2.5-VL) under other names than their own.
 
     Returns the tensors by the model's names, then the names that don't fit and those that are missing.
     """
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder}: no .safetensors file in this folder")
     # The model's own config decides the shapes; a copy, since loading writes into it.
     loaded, report = type(model).from_pretrained(folder, config=copy.deepcopy(model.config), dtype=torch.float32,
                                                  output_loading_info=True, ignore_mismatched_sizes=True)

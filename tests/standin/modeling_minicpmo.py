@@ -10,7 +10,7 @@ import soundfile  # noqa: F401
 import torch
 import torchvision  # noqa: F401
 from torch import nn
-from transformers import LogitsWarper, Qwen2ForCausalLM, Qwen2PreTrainedModel
+from transformers import AutoProcessor, LogitsWarper, Qwen2ForCausalLM, Qwen2PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WHISPER_ATTENTION_CLASSES
 
 from .configuration_minicpm import MiniCPMOConfig
@@ -43,6 +43,8 @@ class MiniCPMO(Qwen2PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
+        if config._name_or_path:  # loads once more what the loader has loaded, and needs the same mends for it
+            self.processor = AutoProcessor.from_pretrained(config._name_or_path, trust_remote_code=True)
         self.llm = Qwen2ForCausalLM(config)
         self.llm.prepare_inputs_for_generation = types.MethodType(prepare_inputs_for_generation, self.llm)
         if config.init_vision:
