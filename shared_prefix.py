@@ -92,6 +92,7 @@ def delta_net(module: nn.Module, stock: Any, hidden_states: Tensor, layout: Pref
     """Run Qwen3_5GatedDeltaNet with the prompt's final states starting every answer; without a layout, as it is."""
     if layout is None:
         return stock(hidden_states=hidden_states, **kwargs)
+    from transformers.activations import ACT2FN
     from transformers.models.qwen3_5.modeling_qwen3_5 import causal_conv1d_fn, torch_chunk_gated_delta_rule
 
     columns, group = layout.prompt_columns, layout.group_size
@@ -110,7 +111,7 @@ def delta_net(module: nn.Module, stock: Any, hidden_states: Tensor, layout: Pref
     answers = _fold(mixed[..., columns:].transpose(1, 2), group).transpose(1, 2)  # (B G, C, T)
     answers = conv1d(torch.cat([tail.repeat_interleave(group, 0), answers], -1).to(kernel.dtype), kernel,
                      module.conv1d.bias, groups=len(kernel))
-    answers = nn.functional.silu(answers).to(mixed.dtype)
+    answers = ACT2FN[module.activation](answers).to(mixed.dtype)
 
     rule = partial(torch_chunk_gated_delta_rule, output_final_state=True, use_qk_l2norm_in_kernel=True)
     out, state = rule(*_heads(module, prompt), g=decay[:, :columns], beta=beta[:, :columns], initial_state=None)

@@ -323,6 +323,20 @@ def test_wrong_positions_are_caught_at_the_start(shop, tmp_path, monkeypatch):
         training.train(train_options(shop, tmp_path, eval_every=0))
 
 
+def test_a_reference_that_gives_nan_is_caught_at_the_start(shop, tmp_path, monkeypatch):
+    good = training.load_models
+
+    def spoilt(*args):
+        policy, reference, shares_vision = good(*args)
+        with torch.no_grad():
+            reference._language_model.norm.weight.fill_(float("nan"))
+        return policy, reference, shares_vision
+
+    monkeypatch.setattr(training, "load_models", spoilt)
+    with pytest.raises(ModelError, match="--exact_path"):
+        training.train(train_options(shop, tmp_path, eval_every=0))
+
+
 def test_both_paths_train_to_the_same_weights(shop, tmp_path):
     results = [weights(training.train(train_options(shop, tmp_path / str(exact_path), max_steps=2, eval_every=0,
                                                     exact_path=exact_path))) for exact_path in (False, True)]
