@@ -53,8 +53,10 @@ class ModelOptions:
                                               "that cut photos, as MiniCPM does and Qwen does not")
     max_pixels: int | None = option(None, "pixels of a photo at most, larger ones are scaled down; default: the "
                                           "model's own")
-    exact_path: bool = option(False, "score every answer on a row of its own instead of a group on one row that shares "
-                                     "the prompt: the same numbers, slower")
+    exact_path: bool = option(False, "sample and score every answer on a row of its own instead of a group that shares "
+                                     "its prompt: the same numbers, slower")
+    gradient_checkpointing: bool = option(False, "keep only what enters a layer and compute the rest again in the "
+                                                 "backward pass: less memory, a third more time")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute; auto takes the GPU when there is one")
     dtype: Literal["float32", "bfloat16"] = option("float32", "compute dtype; trainable weights stay float32")
     num_threads: int | None = option(None, "CPU threads for torch; default: torch's own choice")

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 import lora
 import shared_prefix
 from config import TrainOptions
+from decoding import PackedWriter, PlainWriter
 from family import ModelError, Prompt
+from head import distribution, score_tokens
 from models import DTYPES, choose_device, family_of, load_minicpm, load_weights, stop_token_ids
 
 
@@ -35,41 +38,36 @@ class Generation:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Embedded prompts, padded on the left: B rows, P columns."""
+    """Embedded prompts, and perhaps what follows them: B rows, padded to one width."""
 
-    inputs: Tensor  # (B, P, d), photos in place
-    mask: Tensor  # (B, P) bool: not padding
-    photo_mask: Tensor  # (B, P) bool: filled by photo features
-    positions: Tensor  # (B, P), or (axes, B, P)
+    inputs: Tensor  # (B, L, d), photos in place
+    mask: Tensor  # (B, L) bool: not padding
+    photo_mask: Tensor  # (B, L) bool: filled by photo features
+    positions: Tensor  # (B, L), or (axes, B, L)
+    last_positions: Tensor  # (B, 1), or (axes, B, 1): of each prompt's last token
 
-    def continued(self, answers: Tensor) -> "_Rows":
-        """Put embedded answers (B * G, T, d) behind their prompts, a row an answer: B * G rows, P + T columns."""
-        group_size, columns = len(answers) // len(self.mask), answers.shape[1]
-        repeated = _Rows(self.inputs.repeat_interleave(group_size, 0), self.mask.repeat_interleave(group_size, 0),
-                         self.photo_mask.repeat_interleave(group_size, 0),
-                         self.positions.repeat_interleave(group_size, -2))
-        return repeated.extended(answers, torch.arange(columns, device=answers.device))
+    def repeated(self, group_size: int) -> "_Rows":
+        """Every row group_size times."""
+        return _Rows(self.inputs.repeat_interleave(group_size, 0), self.mask.repeat_interleave(group_size, 0),
+                     self.photo_mask.repeat_interleave(group_size, 0),
+                     self.positions.repeat_interleave(group_size, -2),
+                     self.last_positions.repeat_interleave(group_size, -2))
 
-    def shared(self, answers: Tensor) -> "_Rows":
-        """Put a group's answers behind one another on their prompt's row: B rows, P + G * T columns."""
-        group_size, columns = len(answers) // len(self.mask), answers.shape[1]
-        return self.extended(answers.reshape(len(self.mask), group_size * columns, -1),
-                             torch.arange(columns, device=answers.device).repeat(group_size))
-
-    def extended(self, inputs: Tensor, offsets: Tensor) -> "_Rows":
-        """Append embedded columns (rows, C, d) whose positions are the prompt's last plus 1 plus offsets (C,)."""
-        # Behind a stop token nothing is read: no answer sees it, and the scores there are masked.
-        return _Rows(inputs=torch.cat([self.inputs, inputs.to(self.inputs.dtype)], 1),
-                     mask=nn.functional.pad(self.mask, (0, len(offsets)), value=True),
-                     photo_mask=nn.functional.pad(self.photo_mask, (0, len(offsets))),
-                     positions=torch.cat([self.positions, self.positions[..., -1:] + 1 + offsets], -1))
+    def followed_by(self, embedded: Tensor, offsets: Tensor) -> "_Rows":
+        """Append embedded columns (B, C, d), offsets (B, C) tokens behind the first one after the prompt."""
+        columns = embedded.shape[1]
+        return _Rows(torch.cat([self.inputs, embedded.to(self.inputs.dtype)], 1),
+                     nn.functional.pad(self.mask, (0, columns), value=True),
+                     nn.functional.pad(self.photo_mask, (0, columns)),
+                     torch.cat([self.positions, self.last_positions + 1 + offsets], -1), self.last_positions)
 
 
 class Policy:
     """A model with its tokenizer and image processor, behind the operations that GRPO needs."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any, dtype: torch.dtype = torch.float32,
-                 max_slice_nums: int | None = None, max_pixels: int | None = None, exact_path: bool = False):
+                 max_slice_nums: int | None = None, max_pixels: int | None = None, exact_path: bool = False,
+                 gradient_checkpointing: bool = False):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -87,6 +85,7 @@ class Policy:
         self.exact_path = exact_path
         if not exact_path:
             shared_prefix.install(self._language_model)
+        self._checkpointed = checkpointed_layers(model) if gradient_checkpointing else []
         self._banned = torch.tensor(self.family.never_sampled(model, tokenizer), device=self.device)
         self._stops = torch.tensor(stop_token_ids(model, tokenizer), device=self.device)
         self.adapter: Any = None  # peft's wrapper around the model, when low-rank adapters are in it
@@ -159,43 +158,47 @@ class Policy:
     def _sample(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], uniforms: Tensor,
                 temperature: float | None) -> Generation:
         rows, max_length = uniforms.shape
-        group_size = rows // len(prompts)
-        prefix = self._embed(prompts, features)
-        columns = prefix.mask.shape[1]
-        out = self._forward(prefix, features, use_cache=True)
-        cache = out.past_key_values
-        if cache is None or cache.get_seq_length() != columns:
-            raise ModelError(f"{type(self._language_model).__name__} returned no cache of the prompt's length")
-        widen = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)  # (B * G,)
-        cache.reorder_cache(widen)
-        hidden = out.last_hidden_state[:, -1].index_select(0, widen)  # (B * G, d)
-        next_position = prefix.positions[..., -1:].index_select(-2, widen)  # ([axes,] B * G, 1)
-        padded = _needed(prefix.mask) is not None
-        mask = torch.cat([prefix.mask.index_select(0, widen), prefix.mask.new_ones(rows, max_length)], 1)
-
-        completions = torch.empty(rows, max_length, dtype=torch.long, device=self.device)
-        log_probs = torch.empty(rows, max_length, device=self.device)
+        writer = self._begin(prompts, features, rows // len(prompts), max_length)
+        completions = torch.zeros(rows, max_length, dtype=torch.long, device=self.device)
+        log_probs = torch.zeros(rows, max_length, device=self.device)
         stopped = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        look_every = 1 if self.device.type == "cpu" else 8  # asking whether all have stopped waits for the GPU
+        look_every = 1 if self.device.type == "cpu" else 8  # asking which have stopped waits for the GPU
         for step in range(max_length):
-            step_log_probs = self._token_log_probs(hidden, temperature)  # (B * G, V)
-            token = _inverse_cdf(step_log_probs, uniforms[:, step:step + 1]) if temperature else \
-                step_log_probs.argmax(-1, keepdim=True)  # (B * G, 1)
-            completions[:, step] = token[:, 0]
-            log_probs[:, step] = step_log_probs.gather(1, token)[:, 0]
-            stopped |= torch.isin(token[:, 0], self._stops)
-            if step + 1 == max_length or (step % look_every == 0 and bool(stopped.all())):
+            step_log_probs = distribution(self._head, writer.hidden, temperature, self._banned)  # (n, V)
+            token = _inverse_cdf(step_log_probs, uniforms[writer.rows, step, None]) if temperature else \
+                step_log_probs.argmax(-1, keepdim=True)  # (n, 1)
+            completions[writer.rows, step] = token[:, 0]
+            log_probs[writer.rows, step] = step_log_probs.gather(1, token)[:, 0]
+            stopped[writer.rows] |= torch.isin(token[:, 0], self._stops)
+            if step + 1 == max_length:
                 break
-            next_position = next_position + 1
-            seen = mask[:, :columns + step + 1] if padded else None
-            out = self._language_model(inputs_embeds=self._embed_tokens(token), attention_mask=seen,
-                                       position_ids=next_position, past_key_values=cache, use_cache=True)
-            hidden = out.last_hidden_state[:, -1]
+            if step % look_every == 0:
+                if bool(stopped.all()):
+                    break
+                kept = writer.drop(stopped)
+                token = token if kept is None else token.index_select(0, kept)
+            writer.feed(self._embed_tokens(token))
 
         completions, log_probs = completions[:, :step + 1], log_probs[:, :step + 1]
         is_stop = torch.isin(completions, self._stops)
         action_mask = is_stop.cumsum(1) - is_stop.long() == 0  # nothing stopped before this token
         return Generation(completions, action_mask, log_probs.masked_fill(~action_mask, 0.0), ~is_stop.any(1))
+
+    def _begin(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], group_size: int, max_length: int
+               ) -> PackedWriter | PlainWriter:
+        """Run the prompts through the model once, ready to write a group of answers behind each."""
+        prefix = self._embed(prompts, features)
+        if self.exact_path:
+            out = self._forward(prefix, features, use_cache=True)
+            cache, columns = out.past_key_values, prefix.mask.shape[1]
+            if cache is None or cache.get_seq_length() != columns:
+                raise ModelError(f"{type(self._language_model).__name__} returned no cache of the prompt's length")
+            return PlainWriter(self._language_model, cache, out.last_hidden_state[:, -1], prefix.last_positions,
+                               prefix.mask, group_size)
+        layout = shared_prefix.lay_out_prompts([len(prompt.input_ids) for prompt in prompts], self.device)
+        hidden = self._forward(prefix, features, layout=layout).last_hidden_state.flatten(0, 1)
+        return PackedWriter(self._language_model, layout, hidden.index_select(0, layout.predictors),
+                            prefix.last_positions, group_size, max_length)
 
     def log_probs(self, prompts: Sequence[Prompt], completions: Tensor, action_mask: Tensor, temperature: float,
                   features: Sequence[Tensor | None] | None = None, exact_path: bool | None = None
@@ -206,49 +209,48 @@ class Policy:
         features: reuse encoded photos; None encodes them here, with gradient where the vision trains.
         exact_path: a row an answer instead of a row a group; None does as the policy was told.
         """
-        with self.computing():
+        exact_path = self.exact_path if exact_path is None else exact_path
+        with self.computing(), self._checkpointing():
             if features is None:
                 features = self.family.photo_features(self.model, prompts)
-            prefix = self._embed(prompts, features)
-            answers = self._embed_tokens(completions)  # (B * G, T, d)
-            score_rows = self._plain_rows if (self.exact_path if exact_path is None else exact_path) \
-                else self._shared_rows
-            hidden = score_rows(prefix, answers, features)[action_mask]  # (tokens, d)
-            taken_log_probs, entropy = self._score(hidden, completions[action_mask], temperature)
+            hidden = (self._plain_rows if exact_path else self._shared_rows)(prompts, features, completions,
+                                                                              action_mask)  # (tokens, d)
+            taken, entropy = score_tokens(self._head, hidden, completions[action_mask], temperature, self._banned)
         zeros = torch.zeros(action_mask.shape, device=self.device)
-        return (zeros.masked_scatter(action_mask, taken_log_probs), zeros.masked_scatter(action_mask, entropy))
+        return zeros.masked_scatter(action_mask, taken), zeros.masked_scatter(action_mask, entropy)
 
-    def _shared_rows(self, prefix: _Rows, answers: Tensor, features: Sequence[Tensor | None]) -> Tensor:
-        """Hidden states that predict the answers' tokens, (B * G, T, d): a row a group, the prompt computed once."""
-        layout = shared_prefix.make_layout(prefix.mask, len(answers) // len(prefix.mask), answers.shape[1])
-        out = self._forward(prefix.shared(answers), features, use_cache=False, layout=layout)
-        return shared_prefix.answer_states(out.last_hidden_state, layout)
+    def _shared_rows(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], completions: Tensor,
+                     action_mask: Tensor) -> Tensor:
+        """Hidden states that predict the answers' tokens, (tokens, d): a row a group, the prompt computed once."""
+        layout = shared_prefix.lay_out_groups([len(prompt.input_ids) for prompt in prompts], action_mask, self.dtype)
+        rows = self._embed(prompts, features)
+        if layout.answers is not None:
+            rows = rows.followed_by(self._embed_tokens(completions.flatten()[layout.answers.tokens]),
+                                    layout.answers.offsets)
+        hidden = self._forward(rows, features, layout=layout).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, layout.predictors)
 
-    def _plain_rows(self, prefix: _Rows, answers: Tensor, features: Sequence[Tensor | None]) -> Tensor:
+    def _plain_rows(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], completions: Tensor,
+                    action_mask: Tensor) -> Tensor:
         """The slow twin of _shared_rows: a row an answer, the prompt computed for each."""
-        group_size = len(answers) // len(prefix.mask)
-        out = self._forward(prefix.continued(answers), [photo for photo in features for _ in range(group_size)],
-                            use_cache=False)
-        return out.last_hidden_state[:, prefix.mask.shape[1] - 1:-1]  # the prompt's last token predicts the first
+        group_size, columns = len(completions) // len(prompts), completions.shape[1]
+        prefix = self._embed(prompts, features, left=True).repeated(group_size)
+        # Behind a stop token nothing is read: no token sees it, and the scores there are left out.
+        rows = prefix.followed_by(self._embed_tokens(completions),
+                                  torch.arange(columns, device=self.device).expand(len(completions), -1))
+        hidden = self._forward(rows, [photo for photo in features for _ in range(group_size)]).last_hidden_state
+        return hidden[:, -columns - 1:-1][action_mask]  # the prompt's last token predicts the first
 
-    def _score(self, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        log_probs = self._token_log_probs(hidden, temperature)  # (tokens, V)
-        with torch.no_grad():
-            entropy = torch.special.entr(log_probs.exp()).sum(-1)  # (tokens,)
-        return log_probs.gather(1, tokens[:, None])[:, 0], entropy
-
-    def _token_log_probs(self, hidden: Tensor, temperature: float | None) -> Tensor:
-        """Log-probs over the vocabulary in float32, photo markers excluded: sampling and scoring both use this."""
-        logits = self._head(hidden).float() / (temperature or 1.0)  # (n, V)
-        return logits.index_fill(-1, self._banned, -torch.inf).log_softmax(-1)
-
-    def _embed(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None]) -> _Rows:
-        """Embed prompts, photos in place, padded on the left."""
+    def _embed(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], left: bool | None = None) -> _Rows:
+        """Embed prompts, photos in place; left: padded there, as plain rows are."""
+        left = self.exact_path if left is None else left
         longest = max(len(prompt.input_ids) for prompt in prompts)
-        inputs, positions = [], []
+        inputs, positions, last_positions = [], [], []
         mask, photo_mask = (torch.zeros(len(prompts), longest, dtype=torch.bool) for _ in range(2))
         for index, (prompt, photo) in enumerate(zip(prompts, features, strict=True)):
-            padding = longest - len(prompt.input_ids)
+            length = len(prompt.input_ids)
+            start = longest - length if left else 0
+            padding = (start, longest - length - start)
             row = self._embed_tokens(prompt.input_ids.to(self.device))  # (P_i, d)
             if photo is not None:
                 at = self.family.photo_positions(self.model, prompt)  # (P_i,)
@@ -256,23 +258,40 @@ class Policy:
                     raise ModelError(f"the prompt has room for {int(at.sum())} photo tokens, the vision gave "
                                      f"{len(photo)}")
                 row = row.masked_scatter(at.to(self.device)[:, None], photo[:, :row.shape[1]].to(row.dtype))
-                photo_mask[index, padding:] = at
-            inputs.append(nn.functional.pad(row, (0, 0, padding, 0)))
-            mask[index, padding:] = True
-            positions.append(nn.functional.pad(self.family.positions(self.model, prompt), (padding, 0)))
+                photo_mask[index, start:start + length] = at
+            inputs.append(nn.functional.pad(row, (0, 0, *padding)))
+            mask[index, start:start + length] = True
+            counted = self.family.positions(self.model, prompt)  # (P_i,), or (axes, P_i)
+            positions.append(nn.functional.pad(counted, padding))
+            last_positions.append(counted[..., -1:])
         return _Rows(torch.stack(inputs), mask.to(self.device), photo_mask.to(self.device),
-                     torch.stack(positions, -2).to(self.device))
+                     torch.stack(positions, -2).to(self.device), torch.stack(last_positions, -2).to(self.device))
 
-    def _forward(self, rows: _Rows, features: Sequence[Tensor | None], use_cache: bool,
-                 layout: shared_prefix.PrefixLayout | None = None) -> Any:
+    def _forward(self, rows: _Rows, features: Sequence[Tensor | None], use_cache: bool = False,
+                 layout: shared_prefix.Layout | None = None) -> Any:
         """Run the language model on rows that begin with prompts; features: one entry a row."""
         arguments = self.family.decoder_arguments(self.model, features, rows.photo_mask)
-        mask = _needed(rows.mask)
-        if layout is not None:
+        if layout is None:
+            mask = None if bool(rows.mask.all()) else rows.mask  # without padding kernels take their fast causal path
+        else:
             arguments["layout"] = layout
             mask = rows.inputs.new_zeros(1, 1, 1, 1)  # four axes: transformers builds no mask; the layout masks
         return self._language_model(inputs_embeds=rows.inputs, attention_mask=mask, position_ids=rows.positions,
                                     use_cache=use_cache, **arguments)
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Let the layers drop what they computed and compute it again in the backward pass, if asked for.
+
+        Transformers' layers do so in training mode only. The layers alone get it, not what is inside: no dropout.
+        """
+        for layer in self._checkpointed:
+            layer.gradient_checkpointing = layer.training = torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            for layer in self._checkpointed:
+                layer.gradient_checkpointing = layer.training = False
 
     def answers(self, completions: Tensor, action_mask: Tensor) -> list[str]:
         """Decode answers for people and for the reward; the ids themselves are never made from these strings."""
@@ -280,9 +299,15 @@ class Policy:
                 for row, mask in zip(completions.cpu(), action_mask.cpu(), strict=True)]
 
 
-def _needed(mask: Tensor) -> Tensor | None:
-    """A mask without padding is left out: the kernels then take their fast causal path."""
-    return None if bool(mask.all()) else mask
+def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
+    """Find transformers' layers and tell them how to compute their insides again in the backward pass."""
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    return layers
 
 
 def _inverse_cdf(log_probs: Tensor, uniform: Tensor) -> Tensor:
@@ -302,7 +327,7 @@ def load_policy(model_path: str, options: TrainOptions, device: str, trust_remot
     model, tokenizer, image_processor = load_minicpm(model_path, dtype if options.lora_rank else torch.float32,
                                                      trust_remote_code, options.quantize)
     return Policy(model.to(choose_device(device)), tokenizer, image_processor, dtype, options.max_slice_nums,
-                  options.max_pixels, options.exact_path)
+                  options.max_pixels, options.exact_path, options.gradient_checkpointing)
 
 
 def set_trainable(policy: Policy, train_vision: bool) -> list[nn.Parameter]:

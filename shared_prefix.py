@@ -2,14 +2,18 @@
 
 Embeddings, norms, projections and MLPs run over the whole row; only the token mixers split. Full attention: the
 prompt attends to itself causally, each answer to the prompt's keys and to its own. Gated delta net: the prompt's final
-state and its last convolution inputs start every answer. The result is exact, with gradients, and costs P + G T
-tokens where G separate rows cost G (P + T). Prior art for text: Prefix Grouper, arXiv 2506.05433.
+state and its last convolution inputs start every answer. The result is exact, with gradients, and costs P plus the
+answers' tokens where G separate rows cost G times P as well. Prior art for text: Prefix Grouper, arXiv 2506.05433.
+
+Prompts are padded on the right: causal attention never looks there, so no prompt needs a mask. Answers lie behind one
+another without padding, and without their last token, which predicts nothing.
 
 Transformers is entered by its public doors: a registered attention function, and the layout as a forward keyword (a
 keyword, since a checkpointed layer runs again during backward).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,41 +27,156 @@ NAME = "shared_prefix"
 
 
 @dataclass(frozen=True)
-class PrefixLayout:
-    """Where the prompt ends and the answers begin. B rows, P prompt columns, G answers of T columns each."""
+class Answers:
+    """The answer columns of B rows. G answers a row, S columns, N the columns of the longest answer."""
 
-    prompt_columns: int
     group_size: int
-    answer_columns: int
-    prompt_real: Tensor  # (B, P) bool, False at padding on the left
-    prompt_mask: Tensor | None  # (B, 1, P, P) bool; None without padding: plain causal attention
-    folded: bool  # answers attend as rows of their own, the prompt's keys repeated: cheaper when the prompt is short
-    answer_mask: Tensor  # bool; (B or 1, 1, G * T, P + G * T), folded (B * G or 1, 1, T, P + T)
+    tokens: Tensor  # (B, S) where each column's token stands in the flattened (B * G, T) completions
+    offsets: Tensor  # (B, S) its place in its answer
+    mask: Tensor  # (B, 1, S, P + S) 0 where a column may look, -inf elsewhere
+    fold: Tensor  # (B * G * N,) the column that stands there once each answer is a row of its own
+    unfold: Tensor  # (B * S,) and the way back
 
 
-def make_layout(prompt_real: Tensor, group_size: int, answer_columns: int) -> PrefixLayout:
-    """Lay out rows of a padded prompt (B, P) and group_size answers of answer_columns columns."""
-    prompt_columns, device = prompt_real.shape[1], prompt_real.device
-    padded = not bool(prompt_real.all())
-    seen = prompt_real if padded else prompt_real[:1]
-    folded = prompt_columns < group_size * answer_columns  # repeating keys costs less than masking other answers
-    column = torch.arange(answer_columns if folded else group_size * answer_columns, device=device)
-    answer = column // answer_columns
-    own = (answer[:, None] == answer[None]) & (column[:, None] >= column[None])  # block-diagonal, causal
-    if folded and padded:
-        seen = seen.repeat_interleave(group_size, 0)
-    answer_mask = torch.cat([seen[:, None, None].expand(-1, -1, len(column), -1),
-                             own.expand(len(seen), 1, -1, -1)], -1)
-    prompt_mask = None
-    if padded:
-        causal = torch.ones(prompt_columns, prompt_columns, dtype=torch.bool, device=device).tril()
-        itself = torch.eye(prompt_columns, dtype=torch.bool, device=device)  # padding sees itself: no empty softmax
-        prompt_mask = (causal & prompt_real[:, None, None]) | itself
-    return PrefixLayout(prompt_columns, group_size, answer_columns, prompt_real, prompt_mask, folded, answer_mask)
+@dataclass(frozen=True)
+class Kept:
+    """What decoding goes on from, by layer."""
+
+    keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (B, heads, P, d) each
+    states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (B, C, K - 1), (B, heads, d, d)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows of a prompt and the answers behind it. B rows, P prompt columns."""
+
+    lengths: Tensor  # (B,) columns of each prompt, padding follows up to P
+    columns: int  # P
+    padded: bool  # some prompt is shorter than P
+    predictors: Tensor  # of each answer token: the column before it, counted over all rows
+    answers: Answers | None = None  # None: prompts alone
+    kept: Kept | None = None  # filled by the layers when it is there
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Full attention over rows (B, heads, P + S, d)."""
+        columns = self.columns
+        if self.kept is not None:
+            self.kept.keys_values[module.layer_idx] = key, value
+        prompt = sdpa(query[:, :, :columns], key[:, :, :columns], value[:, :, :columns], None, scaling)
+        if self.answers is None:
+            return prompt
+        return torch.cat([prompt, sdpa(query[:, :, columns:], key, value, self.answers.mask, scaling)], 2)
+
+    def recur(self, module: nn.Module, mixed: Tensor, beta: Tensor, decay: Tensor) -> Tensor:
+        """Gated delta rule over projected rows: mixed (B, P + S, C), beta and decay (B, P + S, heads)."""
+        columns = self.columns
+        prompt_beta, prompt_decay = beta[:, :columns], decay[:, :columns]
+        if self.padded:  # padding must leave the state as it is: nothing written, nothing forgotten
+            padding = torch.arange(columns, device=mixed.device) >= self.lengths[:, None]  # (B, P)
+            prompt_beta = prompt_beta.masked_fill(padding[..., None], 0.0)
+            prompt_decay = prompt_decay.masked_fill(padding[..., None], 0.0)
+        kernel = module.conv1d.weight.shape[-1]  # K
+        head = mixed[:, :columns].transpose(1, 2)  # (B, C, P)
+        convolved = causal_convolution(module, pad(head, (kernel - 1, 0)))
+        out, state = _rule()(*split_heads(module, convolved), g=prompt_decay, beta=prompt_beta, initial_state=None,
+                             output_final_state=True, use_qk_l2norm_in_kernel=True)
+        tail = self._tail(head, kernel - 1)  # (B, C, K - 1)
+        if self.kept is not None:
+            self.kept.states[module.layer_idx] = tail, state
+        if self.answers is None:
+            return out
+        return torch.cat([out, self._recur_answers(module, mixed, beta, decay, tail, state)], 1)
+
+    def _tail(self, head: Tensor, count: int) -> Tensor:
+        """The last `count` columns of each prompt, zeros before its start: (B, C, count)."""
+        head = pad(head, (count, 0))
+        if not self.padded:
+            return head[..., head.shape[-1] - count:]
+        at = self.lengths[:, None] + torch.arange(count, device=head.device)  # (B, count)
+        return head.gather(2, at[:, None].expand(-1, head.shape[1], -1))
+
+    def _recur_answers(self, module: nn.Module, mixed: Tensor, beta: Tensor, decay: Tensor, tail: Tensor,
+                       state: Tensor) -> Tensor:
+        answers, rows = self.answers, len(mixed)
+        group = answers.group_size
+
+        def folded(values: Tensor) -> Tensor:  # (B, P + S, c) -> (B * G, N, c)
+            own = values[:, self.columns:].flatten(0, 1).index_select(0, answers.fold)
+            return own.view(rows * group, -1, values.shape[-1])
+
+        inputs = torch.cat([tail.repeat_interleave(group, 0), folded(mixed).transpose(1, 2)], -1)  # (B G, C, K - 1 + N)
+        out, _ = _rule()(*split_heads(module, causal_convolution(module, inputs)), g=folded(decay), beta=folded(beta),
+                         initial_state=state.repeat_interleave(group, 0), output_final_state=True,
+                         use_qk_l2norm_in_kernel=True)  # (B G, N, heads, d)
+        return out.flatten(0, 1).index_select(0, answers.unfold).view(rows, -1, *out.shape[2:])
+
+
+def lay_out_prompts(lengths: Sequence[int], device: torch.device) -> Layout:
+    """Lay out prompts alone, keeping what decoding goes on from."""
+    columns = max(lengths)
+    lengths = torch.tensor(lengths)
+    last = torch.arange(len(lengths)) * columns + lengths - 1
+    return Layout(lengths.to(device), columns, bool((lengths < columns).any()), last.to(device), kept=Kept())
+
+
+def lay_out_groups(lengths: Sequence[int], action_mask: Tensor, dtype: torch.dtype) -> Layout:
+    """Lay out prompts of given lengths with their answers; action_mask (B * G, T) says how long each answer is."""
+    real, device = action_mask.cpu(), action_mask.device
+    rows, group, prompt_columns = len(lengths), len(action_mask) // len(lengths), max(lengths)
+    lengths = torch.tensor(lengths)  # (B,)
+    counts = (real.sum(1) - 1).clamp(min=0).view(rows, group)  # (B, G): an answer's last token predicts nothing
+    starts = counts.cumsum(1) - counts  # (B, G)
+    columns, longest = int(counts.sum(1).max()), int(counts.max())  # S, N
+    width = prompt_columns + columns
+
+    owner, offset = torch.full((rows, columns), -1), torch.zeros(rows, columns, dtype=torch.long)  # (B, S)
+    for row in range(rows):
+        owned = torch.arange(group).repeat_interleave(counts[row])
+        owner[row, :len(owned)] = owned
+        offset[row, :len(owned)] = torch.arange(len(owned)) - starts[row, owned]
+    answer = owner.clamp(min=0) + torch.arange(rows)[:, None] * group  # (B, S) counted over all rows
+
+    row, token = real.nonzero(as_tuple=True)  # of each answer token: its answer, its place there
+    own = prompt_columns + starts.flatten()[row] + token - 1
+    predictors = (row // group) * width + torch.where(token == 0, lengths[row // group] - 1, own)
+    answers = None
+    if columns:
+        place = torch.minimum(torch.arange(longest), (counts.flatten()[:, None] - 1).clamp(min=0))  # (B G, N)
+        fold = (starts.flatten()[:, None] + place).clamp(max=columns - 1)
+        fold = fold + (torch.arange(rows * group) // group * columns)[:, None]
+        answers = Answers(group, (answer * real.shape[1] + offset).to(device), offset.to(device),
+                          _answer_mask(lengths.to(device), prompt_columns, owner.to(device), dtype),
+                          fold.flatten().to(device), (answer * longest + offset).flatten().to(device))
+    return Layout(lengths.to(device), prompt_columns, bool((lengths < prompt_columns).any()), predictors.to(device),
+                  answers)
+
+
+def _answer_mask(lengths: Tensor, prompt_columns: int, owner: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where answer columns may look: their prompt, and what came before in their own answer. (B, 1, S, P + S)."""
+    rows, columns = owner.shape
+    prompt = torch.arange(prompt_columns, device=owner.device) < lengths[:, None]  # (B, P)
+    own = (owner[:, :, None] == owner[:, None]).tril()  # (B, S, S)
+    seen = torch.cat([prompt[:, None].expand(-1, columns, -1), own], -1)
+    return additive(seen, dtype)[:, None]
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a mask of what is seen into one that is added to the scores: 0 or -inf."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """Attend by torch's kernels, causally where there is no mask; key and value may have fewer heads."""
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and mask is not None and query.device.type == "cuda":  # with both, only the slow kernel is left there
+        repeats = query.shape[1] // key.shape[1]
+        key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling,
+                                        enable_gqa=grouped)
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-              scaling: float | None = None, dropout: float = 0.0, layout: PrefixLayout | None = None, **kwargs: Any
+              scaling: float | None = None, dropout: float = 0.0, layout: Any = None, **kwargs: Any
               ) -> tuple[Tensor, None]:
     """Attend as the layout says; without one, as transformers' sdpa does. query (B, H, L, d) -> (B, L, H, d)."""
     if layout is None:
@@ -65,71 +184,41 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
                                       **kwargs)
-    columns = layout.prompt_columns
-    grouped = key.shape[1] != query.shape[1]
-    attend = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=grouped)
-    prompt = attend(query[:, :, :columns], key[:, :, :columns], value[:, :, :columns], attn_mask=layout.prompt_mask,
-                    is_causal=layout.prompt_mask is None)
-    if not layout.folded:
-        answers = attend(query[:, :, columns:], key, value, attn_mask=layout.answer_mask)
-        return torch.cat([prompt, answers], 2).transpose(1, 2), None
-    group = layout.group_size
-    folded_query = _fold(query[:, :, columns:].transpose(1, 2), group).transpose(1, 2)  # (B G, H, T, d)
-    answers = attend(folded_query, _beside_prompt(key, layout), _beside_prompt(value, layout),
-                     attn_mask=layout.answer_mask).transpose(1, 2)  # (B G, T, H, d)
-    return torch.cat([prompt.transpose(1, 2), answers.reshape(len(query), -1, *answers.shape[2:])], 1), None
+    return layout.attend(module, query, key, value, scaling).transpose(1, 2), None
 
 
-def _beside_prompt(values: Tensor, layout: PrefixLayout) -> Tensor:
-    """Repeat the prompt's keys or values for every answer and put the answer's own behind: (B * G, H, P + T, d)."""
-    columns = layout.prompt_columns
-    own = _fold(values[:, :, columns:].transpose(1, 2), layout.group_size).transpose(1, 2)
-    return torch.cat([values[:, :, :columns].repeat_interleave(layout.group_size, 0), own], 2)
-
-
-def delta_net(module: nn.Module, stock: Any, hidden_states: Tensor, layout: PrefixLayout | None = None, **kwargs: Any
-              ) -> Tensor:
-    """Run Qwen3_5GatedDeltaNet with the prompt's final states starting every answer; without a layout, as it is."""
+def delta_net(module: nn.Module, stock: Any, hidden_states: Tensor, layout: Any = None, **kwargs: Any) -> Tensor:
+    """Run Qwen3_5GatedDeltaNet with the recurrence as the layout says; without one, as it is."""
     if layout is None:
         return stock(hidden_states=hidden_states, **kwargs)
-    from transformers.activations import ACT2FN
-    from transformers.models.qwen3_5.modeling_qwen3_5 import causal_conv1d_fn, torch_chunk_gated_delta_rule
-
-    columns, group = layout.prompt_columns, layout.group_size
-    rows, length, _ = hidden_states.shape
-    real = pad(layout.prompt_real, (0, length - columns), value=True)
-    hidden_states = hidden_states * real[..., None].to(hidden_states.dtype)  # padding must not enter the state
-    mixed = module.in_proj_qkv(hidden_states).transpose(1, 2)  # (B, C, L)
+    mixed = module.in_proj_qkv(hidden_states)  # (B, L, C)
     beta = module.in_proj_b(hidden_states).sigmoid()  # (B, L, heads)
     decay = -module.A_log.float().exp() * nn.functional.softplus(
         module.in_proj_a(hidden_states).float() + module.dt_bias)
-
-    kernel = module.conv1d.weight  # (C, 1, K)
-    prompt = causal_conv1d_fn(mixed[..., :columns], kernel.squeeze(1), module.conv1d.bias,
-                              activation=module.activation)
-    tail = pad(mixed[..., :columns], (kernel.shape[-1] - 1, 0))[..., -(kernel.shape[-1] - 1):]  # (B, C, K - 1)
-    answers = _fold(mixed[..., columns:].transpose(1, 2), group).transpose(1, 2)  # (B G, C, T)
-    answers = conv1d(torch.cat([tail.repeat_interleave(group, 0), answers], -1).to(kernel.dtype), kernel,
-                     module.conv1d.bias, groups=len(kernel))
-    answers = ACT2FN[module.activation](answers).to(mixed.dtype)
-
-    rule = partial(torch_chunk_gated_delta_rule, output_final_state=True, use_qk_l2norm_in_kernel=True)
-    out, state = rule(*_heads(module, prompt), g=decay[:, :columns], beta=beta[:, :columns], initial_state=None)
-    out_answers, _ = rule(*_heads(module, answers), g=_fold(decay[:, columns:], group),
-                          beta=_fold(beta[:, columns:], group), initial_state=state.repeat_interleave(group, 0))
-    out = torch.cat([out, out_answers.reshape(rows, -1, *out.shape[2:])], 1)  # (B, L, heads, d)
+    out = layout.recur(module, mixed, beta, decay)  # (B, L, heads, d)
     gate = module.in_proj_z(hidden_states).reshape(-1, module.head_v_dim)
     out = module.norm(out.reshape(-1, module.head_v_dim), gate)
-    return module.out_proj(out.reshape(rows, length, -1))
+    return module.out_proj(out.reshape(*hidden_states.shape[:2], -1))
 
 
-def _fold(values: Tensor, group: int) -> Tensor:
-    """Turn answers behind one another into rows: (B, G * T, ...) -> (B * G, T, ...)."""
-    return values.reshape(len(values) * group, values.shape[1] // group, *values.shape[2:])
+def causal_convolution(module: nn.Module, inputs: Tensor) -> Tensor:
+    """The layer's short convolution and activation over inputs (n, C, K - 1 + L), K - 1 of them gone by: (n, C, L)."""
+    from transformers.activations import ACT2FN
+
+    kernel = module.conv1d.weight
+    out = conv1d(inputs.to(kernel.dtype), kernel, module.conv1d.bias, groups=len(kernel))
+    return ACT2FN[module.activation](out).to(inputs.dtype)
 
 
-def _heads(module: nn.Module, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Split convolved columns (N, C, L) into query, key, value: (N, L, heads, d)."""
+def _rule() -> Any:
+    """The gated delta rule in chunks: transformers takes fla's kernel for it where one is installed."""
+    from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
+
+    return torch_chunk_gated_delta_rule
+
+
+def split_heads(module: nn.Module, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Split convolved columns (n, C, L) into query, key, value: (n, L, heads, d)."""
     rows, _, length = mixed.shape
     query, key, value = mixed.transpose(1, 2).split([module.key_dim, module.key_dim, module.value_dim], -1)
     return (query.reshape(rows, length, -1, module.head_k_dim), key.reshape(rows, length, -1, module.head_k_dim),
@@ -153,15 +242,8 @@ def install(language_model: nn.Module) -> None:
             mixer.forward = partial(delta_net, mixer, mixer.forward)
         elif kind not in _KNOWN_ATTENTION + _KNOWN_DELTA_NETS:
             raise ModelError(f"the shared-prefix path does not know layers of kind {kind}; take --exact_path")
+        if getattr(mixer, "sliding_window", None):
+            raise ModelError("the shared-prefix path does not know attention with a sliding window; take --exact_path")
     AttentionInterface.register(NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     language_model.config._attn_implementation = NAME
-
-
-def answer_states(hidden: Tensor, layout: PrefixLayout) -> Tensor:
-    """Pick the hidden states that predict each answer token: (B, P + G * T, d) -> (B * G, T, d)."""
-    rows, _, width = hidden.shape
-    group, columns = layout.group_size, layout.answer_columns
-    last = hidden[:, layout.prompt_columns - 1, None, None].expand(-1, group, -1, -1)  # (B, G, 1, d)
-    own = hidden[:, layout.prompt_columns:].reshape(rows, group, columns, width)
-    return torch.cat([last, own[:, :, :-1]], 2).reshape(rows * group, columns, width)

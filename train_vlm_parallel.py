@@ -42,6 +42,7 @@ from data import (
 )
 from evaluation import evaluate, summarise
 from family import ModelError
+from guard import check_fast_path
 from lora import is_adapter, rank_of
 from loss import VLM_GRPOLoss, group_advantages
 from models import DTYPES, choose_device, freeze, load_minicpm, load_weights
@@ -144,31 +145,21 @@ def prepare(options: TrainOptions) -> Run:
     run = Run(policy, reference, shares_vision, parameters, optimizer, objective, encoder, writer, products, held_out,
               start, bad_steps, resume_from)
     if not options.exact_path:
-        check_shared_prefix(run, options)
+        check_on_a_product(run, options)
     if options.eval_every and held_out and not resume_from:
         log_evaluation(run, options, 0)
     return run
 
 
-def check_shared_prefix(run: Run, options: TrainOptions) -> None:
-    """Compare the shared-prefix scores of one real product with plain rows; raises ModelError if they differ."""
-    groups, failures = rollout_groups(run.encoder, run.products[:1], 3, options.temperature, options.max_length,
-                                      "shared prefix", 1)
-    if not groups:
-        logger.warning(f"the shared-prefix path could not be checked: {failures[0]}")
-        return
-    group, gaps = groups[0], []
-    with torch.no_grad():
-        for policy in filter(None, (run.policy, run.reference)):
-            shared, exact = (policy.log_probs([group.prompt], group.completions, group.action_mask,
-                                              options.temperature, exact_path=exact_path)[0]
-                             for exact_path in (False, True))
-            gaps.append(float((shared - exact).abs().max()))
-    limit = 1e-3 if options.dtype == "float32" else 0.5  # bfloat16 rounds differently in differently shaped products
-    logger.info(f"shared prefix against plain rows: log-probs within {max(gaps):.1e}")
-    if not all(gap < limit for gap in gaps):  # not max(gaps): it can pass over a NaN
-        raise ModelError(f"scoring a group on one shared-prefix row gives log-probs {max(gaps):.2g} away from those of "
-                         "plain rows: this model needs --exact_path")
+def check_on_a_product(run: Run, options: TrainOptions) -> None:
+    """Compare the fast path with the slow one on the first product that can be rolled out."""
+    for product in run.products:
+        groups, failures = rollout_groups(run.encoder, [product], 3, options.temperature, options.max_length,
+                                          "guard", 1)
+        if groups:
+            check_fast_path(run.policy, run.reference, groups[0], options.temperature)
+            return
+        logger.warning(f"the fast path can't be checked on this product: {failures[0]}")
 
 
 def load_products(options: TrainOptions) -> tuple[list[Sample], list[Sample]]:
@@ -211,7 +202,7 @@ def load_models(options: TrainOptions, resume_from: Path | None) -> tuple[Policy
     if weights:
         load_weights(model, weights)
     policy = Policy(model.to(device), tokenizer, image_processor, dtype, options.max_slice_nums,
-                    options.max_pixels, options.exact_path)
+                    options.max_pixels, options.exact_path, options.gradient_checkpointing)
     if reference_model is None:
         return policy, None, False
     vision = policy.family.vision_modules

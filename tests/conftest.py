@@ -33,7 +33,7 @@ def tiny_model(tokenizer, layer_types, version="4_6"):
     torch.manual_seed(0)
     text = {"model_type": "qwen3_5_text", "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48,
             "num_hidden_layers": len(layer_types), "layer_types": layer_types, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+            "num_key_value_heads": 2, "head_dim": 8, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
             "linear_num_key_heads": 2, "linear_num_value_heads": 4, "max_position_embeddings": 2048,
             "tie_word_embeddings": True, "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
@@ -52,7 +52,7 @@ def sharpen(model):
     """Random weights as transformers gives them make nearly uniform answers; these don't."""
     for weight in model.parameters():
         if weight.dim() >= 2:
-            torch.nn.init.normal_(weight, std=0.15)
+            torch.nn.init.normal_(weight, std=0.12)
     return model
 
 

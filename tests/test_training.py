@@ -14,14 +14,11 @@ import torch
 from conftest import as_flags, train_options
 from safetensors.torch import load_file
 
-import shared_prefix
 import train_vlm_parallel as training
 from checkpoint import list_checkpoints, options_of
 from config import OptionError, TrainOptions
 from data import DataError
-from family import ModelError
 from loss import VLM_GRPOLoss
-from policy import _Rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -291,53 +288,13 @@ def test_a_photo_that_breaks_during_the_run_costs_its_group_only(shop, tmp_path,
     assert curves["failed_rollouts"][0][1] == 2 and "".join(said).count("no rollout") == 2
 
 
-def leak_between_answers(layout):
-    return replace(layout, answer_mask=torch.ones_like(layout.answer_mask))
-
-
-def forget_the_prompt(layout):
-    mask = layout.answer_mask.clone()
-    mask[..., 0] = False
-    return replace(layout, answer_mask=mask)
-
-
-@pytest.mark.parametrize("fault", [leak_between_answers, forget_the_prompt])
-def test_a_broken_shared_prefix_is_caught_at_the_start(shop, tmp_path, monkeypatch, fault):
-    good = shared_prefix.make_layout
-    monkeypatch.setattr(shared_prefix, "make_layout", lambda *args: fault(good(*args)))
-    with pytest.raises(ModelError, match="--exact_path"):
-        training.train(train_options(shop, tmp_path, eval_every=0))
-    training.train(train_options(shop, tmp_path, eval_every=0, max_steps=1, exact_path=True))
-
-
-def test_wrong_positions_are_caught_at_the_start(shop, tmp_path, monkeypatch):
-    good = _Rows.shared
-
-    def shifted(self, answers):
-        rows, columns = good(self, answers), self.mask.shape[1]
-        late = torch.arange(rows.mask.shape[1]) >= columns
-        return replace(rows, positions=rows.positions + late)
-
-    monkeypatch.setattr(_Rows, "shared", shifted)
-    with pytest.raises(ModelError, match="--exact_path"):
-        training.train(train_options(shop, tmp_path, eval_every=0))
-
-
-def test_a_reference_that_gives_nan_is_caught_at_the_start(shop, tmp_path, monkeypatch):
-    good = training.load_models
-
-    def spoilt(*args):
-        policy, reference, shares_vision = good(*args)
-        with torch.no_grad():
-            reference._language_model.norm.weight.fill_(float("nan"))
-        return policy, reference, shares_vision
-
-    monkeypatch.setattr(training, "load_models", spoilt)
-    with pytest.raises(ModelError, match="--exact_path"):
-        training.train(train_options(shop, tmp_path, eval_every=0))
-
-
-def test_both_paths_train_to_the_same_weights(shop, tmp_path):
-    results = [weights(training.train(train_options(shop, tmp_path / str(exact_path), max_steps=2, eval_every=0,
-                                                    exact_path=exact_path))) for exact_path in (False, True)]
-    assert max(float((results[0][name] - results[1][name]).abs().max()) for name in results[0]) < 1e-5
+def test_both_paths_give_the_same_curves(shop, tmp_path):
+    """Not weights: where a gradient is all rounding, Adam makes a whole step of it."""
+    runs = [train_options(shop, tmp_path / str(exact_path), eval_every=0, exact_path=exact_path)
+            for exact_path in (False, True)]
+    for options in runs:
+        training.train(options)
+    fast, slow = (tags(options.log_dir) for options in runs)
+    for name in ("returns", "answer_length", "total_loss", "kl_divergence", "entropy", "grad_norm", "ratio"):
+        assert [value for _, value in fast[name]] == pytest.approx([value for _, value in slow[name]], rel=1e-3,
+                                                                   abs=1e-5), name

@@ -1,0 +1,79 @@
+"""From hidden states to log-probs, in float32, at a temperature and without banned ids: sampling and scoring alike.
+
+Scoring wants one number of each row of logits, so the rows are computed in chunks and, beyond one chunk, again in the
+backward pass: what is held at once does not grow with the number of tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+CHUNK_NUMBERS = 2 ** 24  # logits held at once: 64 MiB in float32
+
+
+def distribution(head: nn.Module, hidden: Tensor, temperature: float | None, banned: Tensor) -> Tensor:
+    """Log-probs over the vocabulary, (n, V): of hidden (n, d) at the temperature, None meaning 1."""
+    return _log_softmax(head(hidden), temperature or 1.0, banned)
+
+
+def score_tokens(head: nn.Linear, hidden: Tensor, tokens: Tensor, temperature: float, banned: Tensor,
+                 chunk_numbers: int = CHUNK_NUMBERS) -> tuple[Tensor, Tensor]:
+    """Log-probs of the tokens (n,) that hidden states (n, d) predict; and the entropy there, without gradient: (n,)."""
+    rows = max(1, chunk_numbers // head.weight.shape[0])
+    return _ScoreTokens.apply(hidden, head.weight, tokens, temperature, banned, rows)
+
+
+def _log_softmax(logits: Tensor, temperature: float, banned: Tensor) -> Tensor:
+    logits = logits.float() / temperature
+    return logits.index_fill_(-1, banned, -torch.inf).log_softmax(-1)
+
+
+class _ScoreTokens(torch.autograd.Function):
+    """d log p(token) / d logits = (one at the token - p) / temperature, a chunk of rows at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, banned: Tensor,
+                rows: int) -> tuple[Tensor, Tensor]:
+        device = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.temperature, ctx.rows, ctx.probabilities = temperature, rows, None
+        taken, entropy = (torch.empty(len(tokens), device=hidden.device) for _ in range(2))
+        cast = weight.to(ctx.dtype)
+        for chunk in _chunks(len(tokens), rows):
+            log_probs = _log_softmax(linear(hidden[chunk].to(ctx.dtype), cast), temperature, banned)  # (rows, V)
+            taken[chunk] = log_probs.gather(1, tokens[chunk, None])[:, 0]
+            probabilities = log_probs.exp()
+            # p log p, 0 where p is: the products of 0 and -inf are NaN, and left out
+            entropy[chunk] = -log_probs.mul_(probabilities).nan_to_num_(nan=0.0).sum(1)
+            if len(tokens) <= rows and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+                ctx.probabilities = probabilities
+        ctx.save_for_backward(hidden, weight, tokens, banned)
+        ctx.mark_non_differentiable(entropy)
+        return taken, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, tokens, banned = ctx.saved_tensors
+        cast = weight.to(ctx.dtype)
+        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for chunk in _chunks(len(tokens), ctx.rows):
+            own = hidden[chunk].to(ctx.dtype)
+            logits_grad = ctx.probabilities
+            if logits_grad is None:
+                logits_grad = _log_softmax(linear(own, cast), ctx.temperature, banned).exp_()  # (rows, V)
+            logits_grad.mul_(-grad[chunk, None] / ctx.temperature)
+            logits_grad.scatter_add_(1, tokens[chunk, None], grad[chunk, None] / ctx.temperature)
+            logits_grad = logits_grad.to(ctx.dtype)
+            if hidden_grad is not None:
+                hidden_grad[chunk] = (logits_grad @ cast).to(hidden.dtype)
+            if weight_grad is not None:
+                weight_grad += logits_grad.T @ own
+        ctx.probabilities = None
+        return hidden_grad, weight_grad, None, None, None, None
+
+
+def _chunks(count: int, rows: int) -> list[slice]:
+    return [slice(start, start + rows) for start in range(0, count, rows)]
