@@ -6,6 +6,7 @@ Nothing here invents an answer: a product that can't be rolled out becomes a Rol
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,10 @@ class PromptTooLong(ValueError):
 
 
 class PromptEncoder:
-    """Turn samples into prompts, keeping recent ones: least recently used go first beyond cache_mb."""
+    """Turn samples into prompts, keeping recent ones: least recently used go first beyond cache_mb.
+
+    prefetch() prepares those to come on a thread of its own, while the model computes.
+    """
 
     def __init__(self, policy: Policy, language: str = "zh", template: str | None = None, cache_mb: int = 512,
                  max_prompt_length: int | None = None,
@@ -65,6 +69,15 @@ class PromptEncoder:
         self._limit = cache_mb * 2 ** 20
         self._held: OrderedDict[tuple[str, int], Prompt] = OrderedDict()
         self._bytes = 0
+        self._coming: dict[tuple[str, int], Future[Prompt]] = {}
+        self._worker = ThreadPoolExecutor(1, "prompts")  # one: image processors that come with a model may not share
+
+    def prefetch(self, samples: Sequence[Sample]) -> None:
+        """Begin to prepare the prompts of samples that encode() will be asked for; what fails is raised there."""
+        for sample in samples:
+            key = (sample.sheet, sample.row)
+            if key not in self._held and key not in self._coming:
+                self._coming[key] = self._worker.submit(self._encode_within_limit, sample)
 
     def encode(self, sample: Sample) -> Prompt:
         """Prepare one product's prompt.
@@ -75,7 +88,8 @@ class PromptEncoder:
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key]
-        prompt = self._encode_within_limit(sample)
+        coming = self._coming.pop(key, None)
+        prompt = coming.result() if coming else self._encode_within_limit(sample)
         self._held[key] = prompt
         self._bytes += prompt.num_bytes
         while self._bytes > self._limit:

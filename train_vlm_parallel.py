@@ -84,8 +84,9 @@ def train(options: TrainOptions) -> Path | None:
     for step in range(run.start, options.max_steps):
         seconds: dict[str, float] = defaultdict(float)
         rate = learning_rate(step, options)
-        products = [run.products[index] for index in
-                    products_of_step(len(run.products), options.batch_size, step, options.seed)]
+        products = products_at(step, run, options)
+        if step + 1 < options.max_steps:
+            run.encoder.prefetch(products_at(step + 1, run, options))
         with timed(seconds, "rollout"):
             groups, failures = rollout_groups(run.encoder, products, options.group_size, options.temperature,
                                               options.max_length, f"{options.seed}/{step}", options.rollout_batch_size)
@@ -102,6 +103,12 @@ def train(options: TrainOptions) -> Path | None:
     run.writer.close()
     logger.info(f"done: {run.last_saved}; curves: tensorboard --logdir {options.log_dir}")
     return run.last_saved
+
+
+def products_at(step: int, run: Run, options: TrainOptions) -> list[Sample]:
+    """The products of one step, the first step being 0."""
+    return [run.products[index] for index in
+            products_of_step(len(run.products), options.batch_size, step, options.seed)]
 
 
 def finish_step(run: Run, options: TrainOptions, step: int) -> None:

@@ -1,12 +1,14 @@
 """One product -> one group; what fails is named and never trains."""
 
+import threading
 from dataclasses import replace
 
+import pytest
 import torch
 from conftest import noise_photo
 from loguru import logger
 
-from data import Sample
+from data import PhotoError, Sample, load_photos
 from rollout import PromptEncoder, draw_uniforms, rollout, rollout_groups
 
 
@@ -88,6 +90,29 @@ def test_prompt_cache_is_bounded_and_gives_the_same_prompt(dense_policy, tmp_pat
     assert encoder._bytes <= 3 * one and len(encoder._held) <= 3
     again = encoder.encode(samples[0])
     assert again is not first and torch.equal(again.photos["pixel_values"], first.photos["pixel_values"])
+
+
+def test_prompts_to_come_are_prepared_on_another_thread(dense_policy, tmp_path):
+    samples = [sample_of(tmp_path, row) for row in (2, 3, 4)]
+    samples[1].photos[0].write_bytes(b"<html>not a photo</html>")
+    threads = []
+
+    def open_photos(sample):
+        threads.append((sample.row, threading.current_thread() is threading.main_thread()))
+        return load_photos(sample)
+
+    encoder = PromptEncoder(dense_policy, open_photos=open_photos)
+    encoder.prefetch(samples[:2])
+    encoder.prefetch(samples[:2])  # asked for twice, prepared once
+    first = encoder.encode(samples[0])
+    with pytest.raises(PhotoError, match="row 3"):
+        encoder.encode(samples[1])
+    encoder.encode(samples[2])
+    encoder.prefetch(samples[:1])  # it is held already
+    assert threads == [(2, False), (3, False), (4, True)]
+    wanted = PromptEncoder(dense_policy).encode(samples[0])
+    assert torch.equal(first.input_ids, wanted.input_ids)
+    assert torch.equal(first.photos["pixel_values"], wanted.photos["pixel_values"])
 
 
 def test_a_prompt_too_long_loses_whole_photos_from_the_end(policy, tmp_path):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -286,6 +287,30 @@ def test_a_photo_that_breaks_during_the_run_costs_its_group_only(shop, tmp_path,
     training.train(options)
     curves = tags(options.log_dir)
     assert curves["failed_rollouts"][0][1] == 2 and "".join(said).count("no rollout") == 2
+
+
+def test_photos_of_the_next_step_are_opened_beside_the_computing(shop, tmp_path, monkeypatch):
+    opened = []
+    good = training.PromptEncoder._encode_within_limit
+
+    def watched(encoder, sample):
+        opened.append((sample.row, threading.current_thread() is threading.main_thread()))
+        return good(encoder, sample)
+
+    monkeypatch.setattr(training.PromptEncoder, "_encode_within_limit", watched)
+    training.train(train_options(shop, tmp_path, eval_every=0, batch_size=2, max_steps=3, eval_fraction=0.0,
+                                 exact_path=True))
+    assert len(opened) == 6 and len({row for row, _ in opened}) == 6
+    assert sorted(by_main for _, by_main in opened) == [False] * 4 + [True] * 2
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"gradient_checkpointing": True},
+                                     {"dtype": "bfloat16", "gradient_checkpointing": True, "lora_rank": 4},
+                                     {"dtype": "bfloat16", "train_vision": True, "rollout_batch_size": 1}])
+def test_ways_of_training_pass_the_guard(shop, tmp_path, said, changes):
+    training.train(train_options(shop, tmp_path, eval_every=0, max_steps=2, **changes))
+    assert any("fast path against one answer at a time" in line for line in said)
+    assert not any("skipped" in line or "no rollout" in line for line in said)
 
 
 def test_both_paths_give_the_same_curves(shop, tmp_path):
