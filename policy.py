@@ -6,7 +6,7 @@ network.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from loguru import logger
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lora
 import shared_prefix
@@ -62,6 +63,19 @@ class _Rows:
                      torch.cat([self.positions, self.last_positions + 1 + offsets], -1), self.last_positions)
 
 
+class Root(nn.Module):
+    """Does work inside one forward call, whatever parts of the model the work uses: weights that are split over
+    processes are gathered and given back around it (sharding.py)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Do the work."""
+        return work(*args)
+
+
 class Policy:
     """A model with its tokenizer and image processor, behind the operations that GRPO needs."""
 
@@ -69,6 +83,7 @@ class Policy:
                  max_slice_nums: int | None = None, max_pixels: int | None = None, exact_path: bool = False,
                  gradient_checkpointing: bool = False):
         self.model = model.eval()
+        self.root = Root(model)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.family = family_of(model.config.model_type)
@@ -85,7 +100,9 @@ class Policy:
         self.exact_path = exact_path
         if not exact_path:
             shared_prefix.install(self._language_model)
-        self._checkpointed = checkpointed_layers(model) if gradient_checkpointing else []
+        self._checkpointed = repeated_layers(model) if gradient_checkpointing else []
+        for layer in self._checkpointed:
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         self._banned = torch.tensor(self.family.never_sampled(model, tokenizer), device=self.device)
         self._stops = torch.tensor(stop_token_ids(model, tokenizer), device=self.device)
         self.adapter: Any = None  # peft's wrapper around the model, when low-rank adapters are in it
@@ -143,7 +160,7 @@ class Policy:
     def photo_features(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
         """Encode the photos of some prompts: per prompt (photo tokens, width), or None without photos."""
         with self.computing():
-            return self.family.photo_features(self.model, prompts)
+            return self.root(self.family.photo_features, self.model, prompts)
 
     def sample(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], uniforms: Tensor,
                temperature: float | None) -> Generation:
@@ -153,7 +170,7 @@ class Policy:
         depend neither on the products beside it nor on the device. temperature None answers greedily.
         """
         with torch.no_grad(), self.computing():
-            return self._sample(prompts, features, uniforms.to(self.device), temperature)
+            return self.root(self._sample, prompts, features, uniforms.to(self.device), temperature)
 
     def _sample(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], uniforms: Tensor,
                 temperature: float | None) -> Generation:
@@ -209,13 +226,17 @@ class Policy:
         features: reuse encoded photos; None encodes them here, with gradient where the vision trains.
         exact_path: a row an answer instead of a row a group; None does as the policy was told.
         """
-        exact_path = self.exact_path if exact_path is None else exact_path
+        rows = self._plain_rows if (self.exact_path if exact_path is None else exact_path) else self._shared_rows
         with self.computing(), self._checkpointing():
-            if features is None:
-                features = self.family.photo_features(self.model, prompts)
-            hidden = (self._plain_rows if exact_path else self._shared_rows)(prompts, features, completions,
-                                                                              action_mask)  # (tokens, d)
-            taken, entropy = score_tokens(self._head, hidden, completions[action_mask], temperature, self._banned)
+            return self.root(self._log_probs, rows, prompts, completions, action_mask, temperature, features)
+
+    def _log_probs(self, rows: Callable[..., Tensor], prompts: Sequence[Prompt], completions: Tensor,
+                   action_mask: Tensor, temperature: float, features: Sequence[Tensor | None] | None
+                   ) -> tuple[Tensor, Tensor]:
+        if features is None:
+            features = self.family.photo_features(self.model, prompts)
+        hidden = rows(prompts, features, completions, action_mask)  # (tokens, d)
+        taken, entropy = score_tokens(self._head, hidden, completions[action_mask], temperature, self._banned)
         zeros = torch.zeros(action_mask.shape, device=self.device)
         return zeros.masked_scatter(action_mask, taken), zeros.masked_scatter(action_mask, entropy)
 
@@ -299,15 +320,11 @@ class Policy:
                 for row, mask in zip(completions.cpu(), action_mask.cpu(), strict=True)]
 
 
-def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
-    """Find transformers' layers and tell them how to compute their insides again in the backward pass."""
-    from torch.utils.checkpoint import checkpoint
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that transformers stacks, of language and vision: what is checkpointed and sharded one by one."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers:
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-    return layers
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _inverse_cdf(log_probs: Tensor, uniform: Tensor) -> Tensor:
