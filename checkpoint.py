@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from loguru import logger
+from torch import Tensor
 
 from config import OptionError, TrainOptions, read_options, write_options
 from policy import Policy
@@ -26,22 +27,25 @@ PROMPT_FILE = "prompt.txt"
 _NAME = re.compile(r"step_(\d+)$")
 
 
-def save_checkpoint(policy: Policy, options: TrainOptions, step: int, state: dict[str, Any]) -> Path:
+def save_checkpoint(policy: Policy, options: TrainOptions, step: int, state: dict[str, Any],
+                    weights: dict[str, Tensor] | None = None) -> Path:
     """Write output_dir/step_N with weights, tokenizer, processor, options and trainer state; then prune old ones.
 
+    weights: the whole ones, where the policy holds only a share.
     The folder appears under its name only when every file in it is on the disk.
     """
     final = Path(options.output_dir) / f"step_{step:06d}"
     with whole_folder(final) as folder:
-        save_model(policy, options, options.model_path, folder)
+        save_model(policy, options, options.model_path, folder, weights)
         torch.save(state, folder / STATE_FILE)
     prune_checkpoints(Path(options.output_dir), options.keep_last)
     return final
 
 
-def save_model(policy: Policy, options: TrainOptions, base_path: str, folder: Path) -> None:
+def save_model(policy: Policy, options: TrainOptions, base_path: str, folder: Path,
+               weights: dict[str, Tensor] | None = None) -> None:
     """Write the model, or its adapter, with the options it was trained with; base_path: the model it came from."""
-    policy.save(base_path, folder)
+    policy.save(base_path, folder, weights)
     write_options(options, folder / OPTIONS_FILE)
     if options.prompt_file:
         shutil.copyfile(options.prompt_file, folder / PROMPT_FILE)
@@ -116,7 +120,8 @@ def find_resume(options: TrainOptions) -> Path | None:
 
 
 # Options that a resumed run may change freely; any other difference means other steps than without the stop.
-_FREE = {"checkpoint_path", "trust_remote_code", "device", "num_threads", "image_cache_dir", "rollout_batch_size",
+_FREE = {"gpu_ids", "sharding", "gradient_checkpointing", "checkpoint_path", "trust_remote_code", "device",
+         "num_threads", "image_cache_dir", "rollout_batch_size",
          "prompt_cache_mb", "micro_batch_size", "max_bad_steps", "output_dir", "log_dir", "save_every", "keep_last",
          "eval_every", "eval_samples", "resume", "overwrite_output_dir", "prompt_file"}
 

@@ -58,6 +58,10 @@ class ModelOptions:
     gradient_checkpointing: bool = option(False, "keep only what enters a layer and compute the rest again in the "
                                                  "backward pass: less memory, a third more time")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute; auto takes the GPU when there is one")
+    gpu_ids: tuple[int, ...] = option((), "GPUs of this machine to train on, a process each: 0 1 2 3; default: the "
+                                          "first one. For more machines: torchrun")
+    sharding: Literal["none", "fsdp"] = option("none", "with several processes, none: each holds all weights and "
+                                                       "gradients; fsdp: each holds its share of them")
     dtype: Literal["float32", "bfloat16"] = option("float32", "compute dtype; trainable weights stay float32")
     num_threads: int | None = option(None, "CPU threads for torch; default: torch's own choice")
 
@@ -381,7 +385,8 @@ def _argument_kind(item: Any) -> dict[str, Any]:
         return {"type": bool, "nargs": "?", "const": True, "default": item.default}
     if typing.get_origin(item.type) is tuple:
         members = typing.get_args(item.type)
-        return {"type": members[0], "nargs": len(members), "default": list(item.default)}
+        count = "*" if members[-1] is Ellipsis else len(members)
+        return {"type": members[0], "nargs": count, "default": list(item.default)}
     if typing.get_origin(item.type) is list:
         return {"action": "append", "default": []}
     return {"type": item.type, "default": item.default}

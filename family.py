@@ -107,9 +107,13 @@ class Family:
         """Ids that stand for photos: sampled in an answer they would crash or blind the next forward pass."""
         raise NotImplementedError
 
-    def save(self, model: nn.Module, tokenizer: Any, image_processor: Any, model_path: str, folder: Path) -> None:
-        """Write a folder that loads by itself: weights, config, tokenizer, processor files of model_path."""
-        model.save_pretrained(folder, safe_serialization=True)
+    def save(self, model: nn.Module, tokenizer: Any, image_processor: Any, model_path: str, folder: Path,
+             weights: dict[str, Tensor] | None = None) -> None:
+        """Write a folder that loads by itself: weights, config, tokenizer, processor files of model_path.
+
+        weights: those to write, None for the model's own.
+        """
+        model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
         self.save_processor(tokenizer, image_processor, model_path, folder)
 
     def save_processor(self, tokenizer: Any, image_processor: Any, model_path: str, folder: Path) -> None:

@@ -123,9 +123,9 @@ class MiniCPMRemote(Family):
         return sorted({tokenizer.convert_tokens_to_ids(getattr(tokenizer, name)) for name in _MARKERS})
 
     def save(self, model: nn.Module, tokenizer: Any, image_processor: RemoteProcessor, model_path: str,
-             folder: Path) -> None:
+             folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write the weights beside the makers' own files: code, tokenizer, processor; config.json with audio off."""
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         self.save_processor(tokenizer, image_processor, model_path, folder)
         config = json.loads(image_processor.files["config.json"])
         config.pop("dtype", None)

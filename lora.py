@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from family import Family, ModelError
 
@@ -71,13 +71,18 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Any:
     return adapter
 
 
-def save_adapter(adapter: Any, folder: Path) -> None:
-    """Write the adapter as peft does, without its README: PeftModel.from_pretrained(base, folder) loads it."""
+def save_adapter(adapter: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write the adapter as peft does, without its README: PeftModel.from_pretrained(base, folder) loads it.
+
+    weights: the model's whole ones, adapter included, by the model's names; None takes the adapter's own.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(adapter, save_embedding_layers=False)
+    if weights is not None:
+        weights = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+    state = get_peft_model_state_dict(adapter, state_dict=weights, save_embedding_layers=False)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_FILE,
               metadata={"format": "pt"})
     config = adapter.peft_config["default"]

@@ -104,7 +104,7 @@ class Policy:
         for layer in self._checkpointed:
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         self._banned = torch.tensor(self.family.never_sampled(model, tokenizer), device=self.device)
-        self._stops = torch.tensor(stop_token_ids(model, tokenizer), device=self.device)
+        self.stop_ids = torch.tensor(stop_token_ids(model, tokenizer), device=self.device)
         self.adapter: Any = None  # peft's wrapper around the model, when low-rank adapters are in it
         self._adapter_off = False
 
@@ -131,15 +131,15 @@ class Policy:
         lora.merge_adapter(self.adapter)
         self.adapter = None
 
-    def save(self, model_path: str, folder: Path) -> None:
+    def save(self, model_path: str, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write the model as a folder that loads by itself, or the adapter alone where there is one; the processor too.
 
-        model_path: the model that this one came from.
+        model_path: the model that this one came from. weights: the whole ones, where this process has only a share.
         """
         if self.adapter is None:
-            self.family.save(self.model, self.tokenizer, self.image_processor, model_path, folder)
+            self.family.save(self.model, self.tokenizer, self.image_processor, model_path, folder, weights)
         else:
-            lora.save_adapter(self.adapter, folder)
+            lora.save_adapter(self.adapter, folder, weights)
             self.family.save_processor(self.tokenizer, self.image_processor, model_path, folder)
 
     @contextmanager
@@ -186,7 +186,7 @@ class Policy:
                 step_log_probs.argmax(-1, keepdim=True)  # (n, 1)
             completions[writer.rows, step] = token[:, 0]
             log_probs[writer.rows, step] = step_log_probs.gather(1, token)[:, 0]
-            stopped[writer.rows] |= torch.isin(token[:, 0], self._stops)
+            stopped[writer.rows] |= torch.isin(token[:, 0], self.stop_ids)
             if step + 1 == max_length:
                 break
             if step % look_every == 0:
@@ -197,7 +197,7 @@ class Policy:
             writer.feed(self._embed_tokens(token))
 
         completions, log_probs = completions[:, :step + 1], log_probs[:, :step + 1]
-        is_stop = torch.isin(completions, self._stops)
+        is_stop = torch.isin(completions, self.stop_ids)
         action_mask = is_stop.cumsum(1) - is_stop.long() == 0  # nothing stopped before this token
         return Generation(completions, action_mask, log_probs.masked_fill(~action_mask, 0.0), ~is_stop.any(1))
 

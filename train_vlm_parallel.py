@@ -3,13 +3,16 @@
     make demo                                                         # the embedded default, a few minutes on a CPU
     python train_vlm_parallel.py --config demo.yaml                   # the same, by hand (python demo.py comes first)
     python train_vlm_parallel.py --data_path data.xlsx --image_cache_dir image_cache_new --model_path MODEL
+    python train_vlm_parallel.py --gpu_ids 0 1 2 3 --sharding fsdp ...        # four GPUs of this machine
+    torchrun --nproc_per_node 8 --nnodes 2 ... train_vlm_parallel.py ...      # two machines
 
 Each step: sample a group of answers for some products, score them, compare them within the group, and move the policy
 towards the better ones by a clipped, KL-bound update. Every option: --help.
 """
 
 import copy
-import math
+import os
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -17,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from config import OptionError, TrainOptions, parse_options, write_options
@@ -26,7 +30,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 
 import torch
 from loguru import logger
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -46,125 +49,174 @@ from guard import check_fast_path
 from lora import is_adapter, rank_of
 from loss import VLM_GRPOLoss, group_advantages
 from models import DTYPES, choose_device, freeze, load_minicpm, load_weights
-from policy import Policy, load_policy, parameter_table, set_trainable, warn_without_gradient
+from policy import Policy, load_policy, parameter_table, set_trainable
+from processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
 from prompts import read_template
-from replay_buffer import Experience, ReplayBuffer, join_experiences, make_experience
+from replay_buffer import ReplayBuffer, join_experiences, make_experience
 from reward import SUCCESS_REWARD
 from rollout import Group, PromptEncoder, rollout_groups
+from sharding import gathered, load_optimizer_state, shard, whole_optimizer_state, whole_weights
+from update import Learner, learning_rate, make_idle, make_optimizer, micro_batches, set_learning_rate, update
 
 
 class BadRun(RuntimeError):
     """A run that can't go on; the text says why and what to do."""
 
 
+class Interrupted(RuntimeError):
+    """A run that a signal stopped, its state saved; the text says how to go on."""
+
+
 @dataclass
 class Run:
     """Everything that a training run holds."""
 
-    policy: Policy
+    learner: Learner
     reference: Policy | None  # None when kl_weight is 0
     shares_vision: bool  # policy and reference have the same frozen vision: photos are encoded once for both
-    parameters: list[Tensor]
-    optimizer: torch.optim.Optimizer
-    objective: VLM_GRPOLoss
     encoder: PromptEncoder
-    writer: SummaryWriter
+    writer: SummaryWriter | None  # None in all processes but the main one
     products: list[Sample]
     held_out: list[Sample]
     start: int = 0  # steps done before this process
     bad_steps: int = 0  # in a row
     last_saved: Path | None = None
 
+    @property
+    def policy(self) -> Policy:
+        """The policy that trains."""
+        return self.learner.policy
+
+    @property
+    def processes(self) -> Processes:
+        """All processes of the run."""
+        return self.learner.processes
+
 
 def train(options: TrainOptions) -> Path | None:
     """Train from the start (or --resume) to max_steps; returns the last checkpoint's folder."""
-    run = prepare(options)
-    bar = tqdm(total=options.max_steps * options.batch_size, initial=run.start * options.batch_size, unit="product",
-               disable=None, dynamic_ncols=True)
-    for step in range(run.start, options.max_steps):
-        seconds: dict[str, float] = defaultdict(float)
-        rate = learning_rate(step, options)
-        products = products_at(step, run, options)
-        if step + 1 < options.max_steps:
-            run.encoder.prefetch(products_at(step + 1, run, options))
-        with timed(seconds, "rollout"):
-            groups, failures = rollout_groups(run.encoder, products, options.group_size, options.temperature,
-                                              options.max_length, f"{options.seed}/{step}", options.rollout_batch_size)
-        with timed(seconds, "reference"):
-            buffer = fill_buffer(groups, run, options)
-        with timed(seconds, "update"):
-            set_learning_rate(run.optimizer, rate)
-            metrics = update(run, buffer, options, step)
-        run.bad_steps = run.bad_steps + 1 if metrics["skipped_minibatches"] or not groups else 0
-        log_step(run.writer, step + 1, options.max_steps, metrics | describe(groups, failures) | {"lr": rate}, seconds)
-        bar.update(options.batch_size)
-        finish_step(run, options, step + 1)
+    run = prepare(options, join(options.device))
+    per_step = options.batch_size * run.processes.world
+    bar = tqdm(total=options.max_steps * per_step, initial=run.start * per_step, unit="product",
+               disable=None if run.processes.main else True, dynamic_ncols=True)
+    with interruptible() as interruption:
+        for step in range(run.start, options.max_steps):
+            seconds: dict[str, float] = defaultdict(float)
+            rate = learning_rate(step, options)
+            products = products_at(step, run, options)
+            if step + 1 < options.max_steps:
+                run.encoder.prefetch(products_at(step + 1, run, options))
+            with timed(seconds, "rollout"), gathered(run.policy):
+                groups, failures = rollout_groups(run.encoder, products, options.group_size, options.temperature,
+                                                  options.max_length, f"{options.seed}/{step}",
+                                                  options.rollout_batch_size)
+            with timed(seconds, "reference"):
+                buffer = fill_buffer(groups, run, options)
+            with timed(seconds, "update"):
+                set_learning_rate(run.learner.optimizer, rate)
+                metrics = update(run.learner, buffer, options, step)
+            metrics |= describe(groups, failures, run.processes) | {"lr": rate}
+            run.bad_steps = run.bad_steps + 1 if metrics["skipped_minibatches"] or "returns" not in metrics else 0
+            log_step(run.writer, step + 1, options.max_steps, metrics, seconds)
+            bar.update(per_step)
+            finish_step(run, options, step + 1, interruption)
     bar.close()
-    run.writer.close()
+    if run.writer:
+        run.writer.close()
     logger.info(f"done: {run.last_saved}; curves: tensorboard --logdir {options.log_dir}")
     return run.last_saved
 
 
 def products_at(step: int, run: Run, options: TrainOptions) -> list[Sample]:
-    """The products of one step, the first step being 0."""
+    """The products that this process rolls out in one step, the first step being 0."""
     return [run.products[index] for index in
-            products_of_step(len(run.products), options.batch_size, step, options.seed)]
+            products_of_step(len(run.products), options.batch_size, step, options.seed, run.processes.rank,
+                             run.processes.world)]
 
 
-def finish_step(run: Run, options: TrainOptions, step: int) -> None:
-    """After `step` steps: evaluate and save when it is time; stop a run that has gone bad."""
+def finish_step(run: Run, options: TrainOptions, step: int, interruption: Interruption) -> None:
+    """After `step` steps: evaluate and save when it is time; stop a run that was told to or has gone bad."""
     last = step == options.max_steps
     if run.bad_steps >= options.max_bad_steps:
         raise BadRun(f"{run.bad_steps} steps in a row gave nothing to learn from (see the warnings above): stopped at "
                      f"step {step}; the last checkpoint is {run.last_saved}")
-    if options.eval_every and run.held_out and (step % options.eval_every == 0 or last):
+    stop = run.processes.most(interruption.signal)
+    if options.eval_every and run.held_out and (step % options.eval_every == 0 or last) and not stop:
         log_evaluation(run, options, step)
-    if step % options.save_every == 0 or last:
-        state = {"step": step, "bad_steps": run.bad_steps, "optimizer": run.optimizer.state_dict()}
-        run.last_saved = save_checkpoint(run.policy, options, step, state)
+    if step % options.save_every == 0 or last or stop:
+        save(run, options, step)
+    if stop and not last:
+        raise Interrupted(f"{signal.Signals(stop).name}: stopped after step {step}; go on with --resume auto from "
+                          f"{run.last_saved}")
 
 
-def prepare(options: TrainOptions) -> Run:
+def save(run: Run, options: TrainOptions, step: int) -> None:
+    """Write a checkpoint; every process gives its share, the main one writes."""
+    main = run.processes.main
+    weights = whole_weights(run.policy, keep=main) if run.learner.sharded else None
+    state = {"step": step, "bad_steps": run.bad_steps,
+             "optimizer": whole_optimizer_state(run.learner.optimizer, keep=main)}
+    run.last_saved = run.processes.once(lambda: save_checkpoint(run.policy, options, step, state, weights))
+
+
+def prepare(options: TrainOptions, processes: Processes) -> Run:
     """Read the sheet, load the models, take up a resumed run's state."""
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     torch.manual_seed(options.seed)
     products, held_out = load_products(options)
-    resume_from = find_resume(options)
+    resume_from = processes.once(lambda: find_resume(options), OptionError)
     policy, reference, shares_vision = load_models(options, resume_from)
     parameters = set_trainable(policy, options.train_vision)
     logger.info(f"what trains:\n{parameter_table(policy)}")
-    objective = VLM_GRPOLoss(options.clip_eps, options.kl_weight, options.clip_eps_high, options.loss_type,
-                             options.max_length, options.mask_truncated)
     encoder = PromptEncoder(policy, options.prompt_language, read_template(options.prompt_file),
                             options.prompt_cache_mb, options.max_prompt_length)
-    optimizer = make_optimizer(parameters, options)
-    start, bad_steps = 0, 0
+    if not options.exact_path:  # before weights are split: it wants them whole
+        check_on_a_product(policy, reference, encoder, products, options)
+    idle = None
+    if options.sharding == "fsdp" and processes.world > 1:
+        idle = make_idle(policy, options.group_size, options.train_vision)
+        parameters = split_weights(policy, reference)
+    learner = Learner(policy, parameters, make_optimizer(parameters, options),
+                      VLM_GRPOLoss(options.clip_eps, options.kl_weight, options.clip_eps_high, options.loss_type,
+                                   options.max_length, options.mask_truncated), processes, idle)
+    run = Run(learner, reference, shares_vision, encoder, None, products, held_out, last_saved=resume_from)
     if resume_from:
-        state = read_state(resume_from, options)
-        optimizer.load_state_dict(state["optimizer"])
-        start, bad_steps = state["step"], state["bad_steps"]
-        logger.info(f"resuming from {resume_from} at step {start} of {options.max_steps}"
-                    + (": nothing left to do" if start >= options.max_steps else ""))
-    write_options(options, Path(options.output_dir) / "options.yaml")
-    writer = SummaryWriter(options.log_dir, purge_step=start + 1 if resume_from else 0)
-    writer.add_text("options", "\n".join(f"    {name}: {value}" for name, value in asdict(options).items()), start)
-    run = Run(policy, reference, shares_vision, parameters, optimizer, objective, encoder, writer, products, held_out,
-              start, bad_steps, resume_from)
-    if not options.exact_path:
-        check_on_a_product(run, options)
+        take_up(run, options, resume_from)
+    if processes.main:
+        write_options(options, Path(options.output_dir) / "options.yaml")
+        run.writer = SummaryWriter(options.log_dir, purge_step=run.start + 1 if resume_from else 0)
+        run.writer.add_text("options", "\n".join(f"    {name}: {value}" for name, value in asdict(options).items()),
+                            run.start)
     if options.eval_every and held_out and not resume_from:
         log_evaluation(run, options, 0)
     return run
 
 
-def check_on_a_product(run: Run, options: TrainOptions) -> None:
+def take_up(run: Run, options: TrainOptions, resume_from: Path) -> None:
+    """Take up the optimizer and the place of the run that is resumed."""
+    state = read_state(resume_from, options)
+    load_optimizer_state(run.learner.optimizer, state["optimizer"])
+    run.start, run.bad_steps = state["step"], state["bad_steps"]
+    logger.info(f"resuming from {resume_from} at step {run.start} of {options.max_steps}"
+                + (": nothing left to do" if run.start >= options.max_steps else ""))
+
+
+def split_weights(policy: Policy, reference: Policy | None) -> list[torch.nn.Parameter]:
+    """Split policy and reference over the processes; returns what trains, anew: it is another object now."""
+    shard(policy)
+    if reference is not None and reference.model is not policy.model:
+        shard(reference)
+    return [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+
+
+def check_on_a_product(policy: Policy, reference: Policy | None, encoder: PromptEncoder, products: Sequence[Sample],
+                       options: TrainOptions) -> None:
     """Compare the fast path with the slow one on the first product that can be rolled out."""
-    for product in run.products:
-        groups, failures = rollout_groups(run.encoder, [product], 3, options.temperature, options.max_length,
-                                          "guard", 1)
+    for product in products:
+        groups, failures = rollout_groups(encoder, [product], 3, options.temperature, options.max_length, "guard", 1)
         if groups:
-            check_fast_path(run.policy, run.reference, groups[0], options.temperature)
+            check_fast_path(policy, reference, groups[0], options.temperature)
             return
         logger.warning(f"the fast path can't be checked on this product: {failures[0]}")
 
@@ -255,7 +307,7 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
             features=None if options.train_vision else (group.features,)))
     if run.reference is None:
         return buffer
-    with torch.no_grad():
+    with torch.no_grad(), gathered(run.reference):
         for items in micro_batches(buffer.items, options.micro_batch_size):
             batch = join_experiences(items)
             ref_log_probs, _ = run.reference.log_probs(batch.prompts, batch.completions, batch.action_mask,
@@ -266,121 +318,34 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
     return buffer
 
 
-def micro_batches(items: Sequence[Experience], size: int) -> Iterator[list[Experience]]:
-    """Cut experiences into batches of at most `size` products, similar prompt lengths together."""
-    ordered = sorted(items, key=lambda item: item.sequences.shape[1] - item.action_mask.shape[1])
-    for start in range(0, len(ordered), size):
-        yield ordered[start:start + size]
-
-
-def update(run: Run, buffer: ReplayBuffer, options: TrainOptions, step: int) -> dict[str, float]:
-    """Optimise over the buffer: one optimizer step a minibatch, `epochs` passes; returns averaged metrics.
-
-    A minibatch with a non-finite loss or gradient changes nothing: it is skipped, logged with its rows and counted.
-    """
-    sums: dict[str, float] = defaultdict(float)
-    first: dict[str, float] = {}  # before any weight has moved: ratio 1 and no gap, or sampling and scoring differ
-    done = skipped = 0
-    minibatches = buffer.minibatches(options.epochs, options.minibatch_size, f"{options.seed}/{step}")
-    for index, minibatch in enumerate(minibatches):
-        run.optimizer.zero_grad(set_to_none=True)
-        metrics = backward(run, minibatch, options, on_policy=index == 0)
-        gap = metrics.pop("log_prob_gap")
-        first = first or {"first_ratio": metrics["ratio"], "log_prob_gap": gap}
-        grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, options.max_grad_norm)
-        if not (math.isfinite(metrics["total_loss"]) and bool(torch.isfinite(grad_norm))):
-            skipped += 1
-            rows = ", ".join(source for item in minibatch for source in item.sources)
-            logger.warning(f"step {step + 1}: loss {metrics['total_loss']}, gradient norm {float(grad_norm)}: "
-                           f"minibatch {index} skipped, weights unchanged; its products: {rows}")
-            continue
-        if step == 0 and index == 0 and float(grad_norm) > 0:
-            warn_without_gradient(run.policy)
-        run.optimizer.step()
-        done += 1
-        for name, value in (metrics | {"grad_norm": float(grad_norm)}).items():
-            sums[name] += value
-    run.optimizer.zero_grad(set_to_none=True)
-    return {name: value / done for name, value in sums.items()} | first | {"skipped_minibatches": skipped}
-
-
-def backward(run: Run, minibatch: Sequence[Experience], options: TrainOptions, on_policy: bool) -> dict[str, float]:
-    """Accumulate the minibatch's gradient over micro-batches; returns the metrics of the whole minibatch.
-
-    on_policy: no weight has moved since sampling. In bfloat16 sampled and rescored log-probs differ by rounding,
-    so the ratio is then taken against the rescored ones, and the gap is logged.
-    """
-    policy, objective = run.policy, run.objective
-    total_size = sum(int(objective.size(item)) for item in minibatch)
-    total_tokens = sum(int(objective.mask(item).sum()) for item in minibatch)
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=policy.device))
-    for items in micro_batches(minibatch, options.micro_batch_size):
-        batch = join_experiences(items)
-        log_probs, entropy = policy.log_probs(batch.prompts, batch.completions, batch.action_mask, options.temperature,
-                                              batch.features)
-        gap = (log_probs.detach() - batch.action_log_probs).abs().max()
-        sums["log_prob_gap"] = torch.maximum(sums["log_prob_gap"], gap)
-        if on_policy and policy.dtype != torch.float32:
-            batch.action_log_probs = log_probs.detach()
-        loss, _ = objective(log_probs, batch, entropy)
-        loss = loss * (objective.size(batch) / max(total_size, 1))
-        loss.backward()
-        sums["total_loss"] += loss.detach()
-        tokens = objective.mask(batch).sum() / max(total_tokens, 1)
-        for name, value in objective.metrics.items():
-            sums[name] += value * tokens
-    return {name: float(value) for name, value in sums.items()}
-
-
-def make_optimizer(parameters: Sequence[Tensor], options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
-    vectors = [parameter for parameter in parameters if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.adam_betas)
-
-
-def learning_rate(step: int, options: TrainOptions) -> float:
-    """The rate of step 0, 1, ...: linear warm-up, then constant, linear or cosine down to min_lr_ratio * lr."""
-    if step < options.warmup_steps:
-        return options.lr * (step + 1) / options.warmup_steps
-    if options.lr_scheduler == "constant":
-        return options.lr
-    progress = (step - options.warmup_steps) / max(options.max_steps - options.warmup_steps, 1)
-    left = 1 - progress if options.lr_scheduler == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return options.lr * (options.min_lr_ratio + (1 - options.min_lr_ratio) * left)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def describe(groups: Sequence[Group], failures: Sequence[Any]) -> dict[str, float]:
-    """Describe what was sampled: rewards, readable answers, groups without any signal, lengths; name what failed."""
+def describe(groups: Sequence[Group], failures: Sequence[Any], processes: Processes) -> dict[str, float]:
+    """Describe what all processes sampled: rewards, readable answers, groups without any signal, lengths; name here
+    what failed here."""
     for failure in failures:
         logger.warning(f"no rollout: {failure}")
-    parts = [part for group in groups for part in group.rewards]
-    metrics: dict[str, float] = {"failed_rollouts": len(failures)}
-    if not parts:
+    own = [([part.reward for part in group.rewards], [part.valid for part in group.rewards],
+            group.action_mask.sum(1).tolist(), group.truncated.tolist()) for group in groups]
+    everywhere = processes.gather((own, len(failures)))
+    metrics: dict[str, float] = {"failed_rollouts": sum(count for _, count in everywhere)}
+    sampled = [group for groups, _ in everywhere for group in groups]
+    if not sampled:
         return metrics
-    rewards = [[part.reward for part in group.rewards] for group in groups]
-    lengths = torch.cat([group.action_mask.sum(1) for group in groups]).float()
-    truncated = torch.cat([group.truncated for group in groups]).float()
+    rewards, valid, lengths, truncated = ([value for group in sampled for value in group[index]] for index in range(4))
     return metrics | {
-        "returns": sum(part.reward for part in parts) / len(parts),
-        "success_rate": sum(part.reward >= SUCCESS_REWARD for part in parts) / len(parts),
-        "valid_rate": sum(part.valid for part in parts) / len(parts),
-        "zero_variance_share": sum(max(group) == min(group) for group in rewards) / len(groups),
-        "answer_length": float(lengths.mean()),
-        "truncated_share": float(truncated.mean()),
+        "returns": fmean(rewards),
+        "success_rate": fmean(reward >= SUCCESS_REWARD for reward in rewards),
+        "valid_rate": fmean(valid),
+        "zero_variance_share": fmean(max(group[0]) == min(group[0]) for group in sampled),
+        "answer_length": fmean(lengths),
+        "truncated_share": fmean(truncated),
     }
 
 
-def log_step(writer: SummaryWriter, step: int, steps: int, metrics: dict[str, float], seconds: dict[str, float]
-             ) -> None:
-    """One line on the console and in train.log, one point a curve in TensorBoard."""
+def log_step(writer: SummaryWriter | None, step: int, steps: int, metrics: dict[str, float],
+             seconds: dict[str, float]) -> None:
+    """One line on the console and in train.log, one point a curve in TensorBoard; in the main process."""
+    if writer is None:
+        return
     for name, value in metrics.items():
         writer.add_scalar(name, value, step)
     for name, value in seconds.items():
@@ -395,17 +360,20 @@ def log_step(writer: SummaryWriter, step: int, steps: int, metrics: dict[str, fl
 
 
 def log_evaluation(run: Run, options: TrainOptions, step: int) -> None:
-    """Answer the held-out products at the training temperature and log how good the answers are."""
-    records, failures = evaluate(run.encoder, run.held_out, options.eval_samples, options.temperature,
-                                 options.max_length, options.seed, options.rollout_batch_size)
+    """Answer the held-out products at the training temperature, each process its share, and log how good they are."""
+    with gathered(run.policy):
+        records, failures = evaluate(run.encoder, run.held_out[run.processes.rank::run.processes.world],
+                                     options.eval_samples, options.temperature, options.max_length, options.seed,
+                                     options.rollout_batch_size)
     for failure in failures:
         logger.warning(f"held-out: {failure}")
-    summary = summarise(records)
+    summary = summarise([record for share in run.processes.gather(records) for record in share])
+    if run.writer is None or not summary:
+        return
     for name, value in summary.items():
         run.writer.add_scalar(f"held_out/{name}", value, step)
-    if summary:
-        logger.info(f"held-out after step {step}: reward {summary['mean_reward']:.3f} | >=0.9 "
-                    f"{summary['success_rate']:.0%} | zero {summary['zero_rate']:.1%} | {summary['products']} products")
+    logger.info(f"held-out after step {step}: reward {summary['mean_reward']:.3f} | >=0.9 "
+                f"{summary['success_rate']:.0%} | zero {summary['zero_rate']:.1%} | {summary['products']} products")
 
 
 @contextmanager
@@ -417,18 +385,24 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def set_up_log(output_dir: str) -> None:
-    """Log to the console above the progress bar, and to output_dir/train.log."""
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    """Log to the console above the progress bar, and to output_dir/train.log; all but the main process warn only."""
+    rank = int(os.environ.get("RANK", 0))
+    level, name = ("INFO", "") if rank == 0 else ("WARNING", f"process {rank}: ")
     logger.remove()
-    logger.add(lambda line: tqdm.write(line, end="", file=sys.stderr), format="{time:HH:mm:ss} {level:<7} {message}",
-               colorize=False)
-    logger.add(Path(output_dir) / "train.log", format="{time:YYYY-MM-DD HH:mm:ss} {level:<7} {message}")
+    logger.add(lambda line: tqdm.write(line, end="", file=sys.stderr), level=level,
+               format=f"{{time:HH:mm:ss}} {{level:<7}} {name}{{message}}", colorize=False)
+    if rank == 0:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        logger.add(Path(output_dir) / "train.log", format="{time:YYYY-MM-DD HH:mm:ss} {level:<7} {message}")
 
 
 def main(options: TrainOptions) -> int:
-    """Train; problems that the user can mend end with one message and status 2 (3: a run that went bad)."""
+    """Train; problems that the user can mend end with one message and status 2, a run that went bad with 3, one that a
+    signal stopped with 4."""
     set_up_log(options.output_dir)
     try:
+        if options.gpu_ids and not started_by_torchrun():
+            return launch(options.gpu_ids, __file__, sys.argv[1:])
         train(options)
     except (OptionError, DataError, ModelError) as problem:
         logger.error(str(problem))
@@ -436,6 +410,11 @@ def main(options: TrainOptions) -> int:
     except BadRun as problem:
         logger.error(str(problem))
         return 3
+    except Interrupted as problem:
+        logger.warning(str(problem))
+        return 4
+    finally:
+        leave()
     return 0
 
 

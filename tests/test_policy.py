@@ -89,7 +89,7 @@ def test_stop_token_counts_and_what_follows_does_not(dense_policy):
     assert not generation.truncated.all() and generation.truncated.any()
     for answer, mask, truncated in zip(generation.completions, generation.action_mask, generation.truncated,
                                        strict=True):
-        stops = torch.isin(answer, dense_policy._stops).nonzero()[:, 0]
+        stops = torch.isin(answer, dense_policy.stop_ids).nonzero()[:, 0]
         assert truncated == (len(stops) == 0)
         assert mask.sum() == (stops[0] + 1 if len(stops) else len(answer))
 

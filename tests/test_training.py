@@ -176,16 +176,16 @@ def test_non_finite_steps_change_nothing_are_named_and_stop_the_run(shop, tmp_pa
 def test_a_non_finite_gradient_is_skipped_too(shop, tmp_path, monkeypatch):
     options = train_options(shop, tmp_path, eval_every=0)
     run, buffer = one_step(options)
-    before = [parameter.detach().clone() for parameter in run.parameters]
-    run.parameters[0].register_hook(lambda grad: grad * float("inf"))
-    metrics = training.update(run, buffer, options, step=0)
+    before = [parameter.detach().clone() for parameter in run.learner.parameters]
+    run.learner.parameters[0].register_hook(lambda grad: grad * float("inf"))
+    metrics = training.update(run.learner, buffer, options, step=0)
     assert metrics["skipped_minibatches"] == 1 and "total_loss" not in metrics
-    assert all(torch.equal(one, other) for one, other in zip(before, run.parameters, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(before, run.learner.parameters, strict=True))
 
 
 def one_step(options, advantages=None):
     """A prepared run and the buffer of one rollout; the tiny model's answers are worthless, so advantages are set."""
-    run = training.prepare(replace(options, eval_every=0, kl_weight=0.0))
+    run = training.prepare(replace(options, eval_every=0, kl_weight=0.0), training.Processes())
     groups, _ = training.rollout_groups(run.encoder, run.products[:3], 4, 1.0, 8, "0/0", 3)
     buffer = training.fill_buffer(groups, run, options)
     for item in buffer.items:
@@ -203,7 +203,7 @@ def test_an_update_makes_the_better_answers_likelier(shop, tmp_path):
                                 for item in buffer.items])  # (B, G)
 
     before = likelihood()
-    training.update(run, buffer, options, step=0)
+    training.update(run.learner, buffer, options, step=0)
     change = likelihood() - before
     assert (change[:, 0] > change[:, 1:].mean(1)).all()
 
@@ -211,10 +211,11 @@ def test_an_update_makes_the_better_answers_likelier(shop, tmp_path):
 def test_bfloat16_starts_from_ratio_one_and_keeps_small_updates(shop, tmp_path):
     options = train_options(shop, tmp_path, eval_every=0, dtype="bfloat16", lr=1e-6)
     run, buffer = one_step(options)
-    before = [parameter.detach().clone() for parameter in run.parameters]
-    metrics = training.update(run, buffer, options, step=0)
+    before = [parameter.detach().clone() for parameter in run.learner.parameters]
+    metrics = training.update(run.learner, buffer, options, step=0)
     assert metrics["ratio"] == 1 and metrics["log_prob_gap"] > 0
-    changes = [(one, other) for one, other in zip(before, run.parameters, strict=True) if not torch.equal(one, other)]
+    changes = [(one, other) for one, other in zip(before, run.learner.parameters, strict=True)
+               if not torch.equal(one, other)]
     assert len(changes) > 0.9 * len(before)
     lost = sum(int((one.bfloat16() == other.bfloat16()).sum()) for one, other in changes)
     assert lost > 0.9 * sum(one.numel() for one, _ in changes), "in bfloat16 weights this update would have vanished"
@@ -223,9 +224,9 @@ def test_bfloat16_starts_from_ratio_one_and_keeps_small_updates(shop, tmp_path):
 def test_groups_without_signal_leave_the_weights_alone(shop, tmp_path):
     options = train_options(shop, tmp_path, eval_every=0, weight_decay=0.0, kl_weight=0.0)
     run, buffer = one_step(options, advantages=[0.0] * 4)
-    before = [parameter.detach().clone() for parameter in run.parameters]
-    training.update(run, buffer, options, step=0)
-    assert all(torch.equal(one, other) for one, other in zip(before, run.parameters, strict=True))
+    before = [parameter.detach().clone() for parameter in run.learner.parameters]
+    training.update(run.learner, buffer, options, step=0)
+    assert all(torch.equal(one, other) for one, other in zip(before, run.learner.parameters, strict=True))
 
 
 def test_without_kl_no_reference_is_loaded(shop, tmp_path):

@@ -1,0 +1,177 @@
+"""One update: optimise the clipped loss over a step's buffer, over all processes at once.
+
+Every process has experiences of its own, perhaps none. What the loss is a mean over is counted over all of them, the
+gradients are averaged, and each optimizer step happens in all or in none.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from loguru import logger
+from PIL import Image
+from torch import Tensor, nn
+
+from config import TrainOptions
+from loss import VLM_GRPOLoss
+from policy import Policy, warn_without_gradient
+from processes import Processes
+from replay_buffer import Experience, ReplayBuffer, join_experiences, make_experience
+from sharding import whole
+
+
+@dataclass
+class Learner:
+    """What an update moves, and by what."""
+
+    policy: Policy
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    objective: VLM_GRPOLoss
+    processes: Processes = field(default_factory=Processes)
+    idle: Experience | None = None  # what a process computes that has nothing of its own, where weights are sharded
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds only a share of the weights."""
+        return self.idle is not None
+
+
+def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: int) -> dict[str, float]:
+    """Optimise over the buffer: one optimizer step a minibatch, `epochs` passes; returns averaged metrics.
+
+    A minibatch with a non-finite loss or gradient changes nothing: it is skipped, logged with its rows and counted.
+    """
+    sums: dict[str, float] = defaultdict(float)
+    first: dict[str, float] = {}  # before any weight has moved: ratio 1 and no gap, or sampling and scoring differ
+    done = skipped = 0
+    minibatches = list(buffer.minibatches(options.epochs, options.minibatch_size, f"{options.seed}/{step}"))
+    for index in range(learner.processes.most(len(minibatches))):
+        minibatch = minibatches[index] if index < len(minibatches) else []
+        learner.optimizer.zero_grad(set_to_none=True)
+        metrics = backward(learner, minibatch, options, on_policy=index == 0)
+        if not metrics:
+            continue
+        gap = metrics.pop("log_prob_gap")
+        first = first or {"first_ratio": metrics["ratio"], "log_prob_gap": gap}
+        if not learner.sharded:  # sharded gradients are averages already
+            learner.processes.average_gradients(learner.parameters)
+        grad_norm = float(whole(nn.utils.clip_grad_norm_(learner.parameters, options.max_grad_norm)))
+        if not (math.isfinite(metrics["total_loss"]) and math.isfinite(grad_norm)):
+            skipped += 1
+            rows = ", ".join(source for item in minibatch for source in item.sources)
+            logger.warning(f"step {step + 1}: loss {metrics['total_loss']}, gradient norm {grad_norm}: "
+                           f"minibatch {index} skipped, weights unchanged; its products: {rows}")
+            continue
+        if step == 0 and index == 0 and grad_norm > 0:
+            warn_without_gradient(learner.policy)
+        learner.optimizer.step()
+        done += 1
+        for name, value in (metrics | {"grad_norm": grad_norm}).items():
+            sums[name] += value
+    learner.optimizer.zero_grad(set_to_none=True)
+    return {name: value / done for name, value in sums.items()} | first | {"skipped_minibatches": skipped}
+
+
+def backward(learner: Learner, minibatch: Sequence[Experience], options: TrainOptions, on_policy: bool
+             ) -> dict[str, float]:
+    """Accumulate the minibatch's gradient over micro-batches; returns the metrics of the whole minibatch, over all
+    processes; none when no process has a token to learn from.
+
+    on_policy: no weight has moved since sampling. In bfloat16 sampled and rescored log-probs differ by rounding,
+    so the ratio is then taken against the rescored ones, and the gap is logged.
+    """
+    policy, objective, processes = learner.policy, learner.objective, learner.processes
+    counted = torch.tensor([sum(int(objective.size(item)) for item in minibatch),
+                            sum(int(objective.mask(item).sum()) for item in minibatch)], device=policy.device)
+    size, tokens = processes.total(counted)
+    if not size:
+        return {}
+    names = ("total_loss", "ratio", "clip_fraction", "entropy", *(["kl_divergence"] if options.kl_weight else []))
+    sums = {name: torch.zeros((), device=policy.device) for name in names}
+    gap = torch.zeros((), device=policy.device)
+    batches = list(micro_batches(minibatch, options.micro_batch_size))
+    passes = processes.most(len(batches)) if learner.sharded else len(batches)
+    for index in range(passes):
+        batch, log_probs, entropy = score(learner, batches[index] if index < len(batches) else [], options)
+        if batch is None:
+            (0.0 * log_probs.sum()).backward()
+            continue
+        gap = torch.maximum(gap, (log_probs.detach() - batch.action_log_probs).abs().max())
+        if on_policy and policy.dtype != torch.float32:
+            batch.action_log_probs = log_probs.detach()
+        loss, _ = objective(log_probs, batch, entropy)
+        loss = loss * (objective.size(batch) / size)
+        (loss * processes.world).backward()  # gradients are averaged over the processes, the loss is summed
+        sums["total_loss"] += loss.detach()
+        for name, value in objective.metrics.items():
+            sums[name] += value * (objective.mask(batch).sum() / tokens)
+    totals = processes.total(torch.stack(list(sums.values()))).tolist()
+    return dict(zip(sums, totals, strict=True)) | {"log_prob_gap": processes.most(float(gap))}
+
+
+def score(learner: Learner, items: Sequence[Experience], options: TrainOptions
+          ) -> tuple[Experience | None, Tensor, Tensor]:
+    """Join experiences and score their answers: (batch, log_probs (N, T), entropy (N, T)); batch None without any.
+
+    Where weights are sharded, every pass gathers every layer in all processes: one without products, or without photos
+    while the vision trains, computes the idle product as well, with no part in the loss.
+    """
+    needs_idle = learner.sharded and (
+        not items or (options.train_vision and not any(prompt.photos for item in items for prompt in item.prompts)))
+    joined = join_experiences([*items, learner.idle] if needs_idle else items)
+    log_probs, entropy = learner.policy.log_probs(joined.prompts, joined.completions, joined.action_mask,
+                                                  options.temperature, joined.features)
+    if not needs_idle:
+        return joined, log_probs, entropy
+    if not items:
+        return None, log_probs, entropy
+    batch = join_experiences(items)
+    rows, columns = batch.action_mask.shape
+    # The idle rows take part in the backward pass, too, or their layers would not.
+    return batch, log_probs[:rows, :columns] + 0.0 * log_probs[rows:].sum(), entropy[:rows, :columns]
+
+
+def make_idle(policy: Policy, group_size: int, train_vision: bool) -> Experience:
+    """Make a product that no sheet holds, for a process without one: a grey photo while the vision trains."""
+    prompt = policy.encode_prompt("-", [Image.new("RGB", (64, 64), "grey")] if train_vision else [])
+    completions = policy.stop_ids[:1].expand(group_size, 1)
+    zeros = torch.zeros(group_size, 1, device=policy.device)
+    return make_experience(prompt, completions, torch.ones_like(completions, dtype=torch.bool), action_log_probs=zeros,
+                           log_probs_ref=zeros, returns=zeros[:, 0], advantages=zeros[:, 0],
+                           truncated=torch.zeros(group_size, dtype=torch.bool, device=policy.device),
+                           features=None if train_vision else (None,))
+
+
+def micro_batches(items: Sequence[Experience], size: int) -> Iterator[list[Experience]]:
+    """Cut experiences into batches of at most `size` products, similar prompt lengths together."""
+    ordered = sorted(items, key=lambda item: item.sequences.shape[1] - item.action_mask.shape[1])
+    for start in range(0, len(ordered), size):
+        yield ordered[start:start + size]
+
+
+def make_optimizer(parameters: Sequence[Tensor], options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
+    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
+    vectors = [parameter for parameter in parameters if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.adam_betas)
+
+
+def learning_rate(step: int, options: TrainOptions) -> float:
+    """The rate of step 0, 1, ...: linear warm-up, then constant, linear or cosine down to min_lr_ratio * lr."""
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    if options.lr_scheduler == "constant":
+        return options.lr
+    progress = (step - options.warmup_steps) / max(options.max_steps - options.warmup_steps, 1)
+    left = 1 - progress if options.lr_scheduler == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return options.lr * (options.min_lr_ratio + (1 - options.min_lr_ratio) * left)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
