@@ -73,7 +73,8 @@ def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32, trust_remo
             model_path, dtype, lora.four_bit(family, dtype) if quantize == "4bit" else None)
     except OSError as problem:
         raise ModelError(f"--model_path {model_path}: {problem}") from problem
-    lora.keep_gradients(model)
+    if quantize == "4bit":
+        lora.keep_gradients(model)
     return model, tokenizer, image_processor
 
 

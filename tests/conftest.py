@@ -57,9 +57,9 @@ def sharpen(model):
 
 
 def remembering(model):
-    """Delta nets that keep a token for about fifteen, as trained ones do.
+    """Delta nets that keep what they read for about fifteen tokens.
 
-    Fresh ones forget it at once: what comes out is one q k times v, and where q k is near zero the norm behind blows
+    As made they forget it at once: what comes out is one q k times v, and where q k is near zero the norm behind blows
     its rounding up to 2e-4.
     """
     with torch.no_grad():
