@@ -48,7 +48,7 @@ class ModelOptions:
                                          "the adapters off; default: train the weights")
     lora_alpha: int | None = option(None, "adapters are scaled by lora_alpha / lora_rank; default: 2 * lora_rank")
     quantize: Literal["none", "4bit"] = option("none", "4bit: keep the frozen model under the adapters in 4 bits; "
-                                                       "needs lora_rank, a GPU and bitsandbytes")
+                                                       "needs lora_rank and bitsandbytes")
     max_slice_nums: int | None = option(None, "slices a photo may be cut into; default: the model's own; for models "
                                               "that cut photos, as MiniCPM does and Qwen does not")
     max_pixels: int | None = option(None, "pixels of a photo at most, larger ones are scaled down; default: the "
@@ -180,8 +180,6 @@ class TrainOptions(RunOptions, OptimizerOptions, LossOptions, RolloutOptions, Da
         elif self.train_vision:
             raise OptionError("--train_vision and --lora_rank contradict each other: adapters are on the language "
                               "model only; take one")
-        if self.quantize == "4bit" and self.device == "cpu":
-            raise OptionError("--quantize 4bit needs a GPU: leave it out, or take --device cuda")
 
 
 @dataclass

@@ -53,8 +53,7 @@ class PackedAnswers:
         # Queries that read the same keys stand in one row: (B, key heads, repeats * W, d).
         repeats = query.shape[1] // heads
         asked = query.view(rows, wide, heads, repeats, width).permute(0, 2, 3, 1, 4).reshape(rows, heads, -1, width)
-        mask = self._mask.to(asked.dtype).repeat(1, 1, repeats, 1)
-        out = sdpa(asked, keys[:, :, :end], values[:, :, :end], mask, scaling)
+        out = sdpa(asked, keys[:, :, :end], values[:, :, :end], self._mask.repeat(1, 1, repeats, 1), scaling)
         return out.view(rows, heads, repeats, wide, width).permute(0, 3, 1, 2, 4).reshape(query.shape)
 
     def recur(self, module: nn.Module, mixed: Tensor, beta: Tensor, decay: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ The adapter sits inside the model's own linear layers, so the model keeps its cl
 on working. There is no dropout in an adapter: sampling and scoring must see the same network.
 """
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +118,21 @@ def _read_config(folder: Path) -> Any:
 
 def four_bit(family: Family, dtype: torch.dtype) -> Any:
     """Describe a base in 4 bits (nf4), vision and head left as they are; raises ModelError where it can't be had."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("--quantize 4bit needs bitsandbytes, which is not installed here: pip install bitsandbytes")
-    if not torch.cuda.is_available():
-        raise ModelError("--quantize 4bit needs a GPU, and none is visible here; leave it out to compute in full")
     from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
 
+    if not is_bitsandbytes_available():
+        raise ModelError("--quantize 4bit needs bitsandbytes 0.46.1 or later, which is not installed here: "
+                         "pip install bitsandbytes")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=[*family.vision_names, "lm_head"])
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew for a CPU when an answer is sampled.
+
+    From then on such a layer would pass no gradient on, without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -48,8 +48,8 @@ def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32, trust_remo
                  quantize: str = "none") -> tuple[nn.Module, Any, Any]:
     """Load (model, tokenizer, image processor) from a folder or hub name, whatever its family.
 
-    trust_remote_code: allow a family to run the Python files in the model's folder. quantize "4bit" puts the language
-    model on the GPU in 4 bits. Raises ModelError naming the path, and the known families when it is of none.
+    trust_remote_code: allow a family to run the Python files in the model's folder. quantize "4bit" holds the language
+    model in 4 bits. Raises ModelError naming the path, and the known families when it is of none.
     """
     from transformers import PretrainedConfig
     from transformers.utils import logging
@@ -69,9 +69,13 @@ def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32, trust_remo
             raise ModelError(f"--model_path {model_path}: a {model_type} model runs Python files that come with its "
                              "weights, with your rights. Read them, or trust who wrote them, then say so with "
                              "--trust_remote_code; nothing of it has been run or fetched")
-        return family.load(model_path, dtype, lora.four_bit(family, dtype) if quantize == "4bit" else None)
+        model, tokenizer, image_processor = family.load(
+            model_path, dtype, lora.four_bit(family, dtype) if quantize == "4bit" else None)
     except OSError as problem:
         raise ModelError(f"--model_path {model_path}: {problem}") from problem
+    if quantize == "4bit":
+        lora.keep_gradients(model)
+    return model, tokenizer, image_processor
 
 
 def load_weights(model: nn.Module, path: str) -> None:

@@ -1,7 +1,7 @@
 """Run the code that comes with a MiniCPM model on transformers 5, for which it was not written.
 
 Every mend is made in memory, at load, and only where something is missing; no file of the model's folder is touched.
-Written against the code of MiniCPM-o-2_6, MiniCPM-V-2_6 and MiniCPM-o-4_5 on transformers 5.23.0.
+Written against the code of MiniCPM-o-2_6, o-4_5, V-2_6 and V-4_5 on transformers 5.23.0.
 """
 
 import functools

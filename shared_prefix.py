@@ -168,6 +168,8 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     """Attend by torch's kernels, causally where there is no mask; key and value may have fewer heads."""
     grouped = query.shape[1] != key.shape[1]
+    if mask is not None and not torch.is_autocast_enabled(query.device.type):
+        mask = mask.to(query.dtype)  # of another dtype, the kernel on CPUs reads it wrong without a word
     if grouped and mask is not None and query.device.type == "cuda":  # with both, only the slow kernel is left there
         repeats = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False

@@ -75,6 +75,27 @@ def test_gradients_equal_one_by_one_with_vision(policy, exact_path, columns):
             assert (one - parameter.grad).abs().max() <= 1e-4 * scale
 
 
+def test_what_separates_shared_from_plain_rows_is_rounding(policy, monkeypatch):
+    monkeypatch.setattr(torch, "float32", torch.float64)  # transformers' delta rule, norms and rotations ask for it
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    try:
+        policy.model.double()
+        prompts = three_prompts(policy)
+        generation = sample(policy, prompts)
+        parameters = set_trainable(policy, train_vision=True)
+        scored = [policy.log_probs(prompts, generation.completions, generation.action_mask, 0.7, exact_path=exact)[0]
+                  for exact in (False, True)]
+        gradients = [torch.autograd.grad(each.sum(), parameters, allow_unused=True) for each in scored]
+    finally:
+        torch.set_default_dtype(torch.float)
+    assert scored[0].dtype == torch.float64
+    assert (scored[0] - scored[1]).abs().max() < 1e-10
+    scale = max(float(gradient.abs().max()) for gradient in gradients[1] if gradient is not None)
+    assert all((one - other).abs().max() <= 1e-10 * scale for one, other in zip(*gradients, strict=True)
+               if one is not None)
+
+
 def test_products_do_not_depend_on_their_neighbours(policy):
     prompts = three_prompts(policy)
     together = sample(policy, prompts)

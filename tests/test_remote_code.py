@@ -15,7 +15,7 @@ import torch
 import transformers
 from conftest import noise_photo, train_options
 from loguru import logger
-from standin_minicpm import build, write_standin
+from standin_minicpm import build, edit, write_standin, write_weights
 from test_layout import FLOORS
 from transformers import dynamic_module_utils
 from transformers.utils import is_torchvision_available
@@ -135,6 +135,33 @@ def test_prompts_are_as_chat_writes_them(version, tokenizer, tmp_path):
         if count:
             assert int(marked.sum()) == policy.model.config.query_num * len(prompt.photos["target_sizes"])
     assert said.startswith("<|im_start|><image_id>0</image_id><image>") and said.endswith("box<|im_end|><|im_start|>")
+
+
+@pytest.mark.parametrize(("sizes", "max_slice_nums", "slices", "others"), [
+    # One slice holds 448 x 448 pixels and makes 64 tokens, whatever its shape. 800 x 800 is 3.2 times as much: four
+    # slices in two rows of two, and the overview. Around them: <image_id> 0 </image_id>, <image> </image>, two markers
+    # a slice, a line break between rows; and the line break behind each photo that chat() writes.
+    ([(800, 800)], None, 5, 3 + 2 + 4 * 2 + 1 + 1),          # 334 tokens and the line break behind
+    ([(800, 800)], 1, 1, 3 + 2 + 1),                         # 69
+    ([(800, 800)], 2, 3, 3 + 2 + 2 * 2 + 1 + 1),             # 202: two slices, one above the other
+    ([(800, 800)] * 5, None, 25, 5 * (3 + 2 + 4 * 2 + 1 + 1)),
+    ([(800, 800)] * 5, 1, 5, 5 * (3 + 2 + 1)),
+    ([(1400, 1400)], None, 10, 3 + 2 + 9 * 2 + 2 + 1),       # 665: nine slices at most, three rows of three
+])
+def test_photos_take_the_tokens_worked_by_hand(sizes, max_slice_nums, slices, others, tokenizer, tmp_path):
+    folder = write_standin(tmp_path / "model", tokenizer)
+    edit(folder / "preprocessor_config.json", max_slice_nums=9, scale_resolution=448, patch_size=14,
+         image_feature_size=64)
+    edit(folder / "config.json", query_num=64, patch_size=14)
+    write_weights(folder)
+    policy = Policy(*load_minicpm(str(folder), trust_remote_code=True), max_slice_nums=max_slice_nums)
+    prompt = policy.encode_prompt("box", [noise_photo(index, size) for index, size in enumerate(sizes)])
+    without = policy.encode_prompt("box", [])
+    assert len(prompt.photos["target_sizes"]) == slices
+    assert int(policy.family.photo_positions(policy.model, prompt).sum()) == 64 * slices
+    assert len(prompt.input_ids) - len(without.input_ids) == 64 * slices + others
+    with torch.no_grad():
+        assert len(policy.photo_features([prompt])[0]) == 64 * slices
 
 
 def test_product_text_cannot_forge_markers(remote_policy):

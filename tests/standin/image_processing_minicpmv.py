@@ -14,9 +14,11 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
 
     model_input_names = ["pixel_values"]
 
-    def __init__(self, max_slice_nums=4, patch_size=16, image_feature_size=4, version=2.6, **kwargs):
+    def __init__(self, max_slice_nums=4, scale_resolution=64, patch_size=16, image_feature_size=4, version=2.6,
+                 **kwargs):
         super().__init__(**kwargs)
         self.max_slice_nums = max_slice_nums
+        self.scale_resolution = scale_resolution
         self.patch_size = patch_size
         self.image_feature_size = image_feature_size
         self.version = version
@@ -27,7 +29,8 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         for photos in images:
             if not all(isinstance(photo, Image.Image) for photo in photos):
                 raise ValueError("a photo is a PIL image")
-            slices = [piece for photo in photos for piece in sliced(photo.convert("RGB"), limit, self.patch_size)]
+            slices = [piece for photo in photos
+                      for piece in sliced(photo.convert("RGB"), limit, self.patch_size, self.scale_resolution)]
             pixels.append([self.in_patches(piece) for piece in slices])
             sizes.append(torch.tensor([[piece.height // self.patch_size, piece.width // self.patch_size]
                                        for piece in slices]) if slices else [])
@@ -41,7 +44,7 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
 
     def get_slice_image_placeholder(self, size, index, max_slice_nums=None):
         place = "<unk>" * self.image_feature_size
-        grid = grid_of(size, max_slice_nums or self.max_slice_nums)
+        grid = grid_of(size, max_slice_nums or self.max_slice_nums, self.scale_resolution)
         tiles = "\n".join([f"<slice>{place}</slice>" * grid[0]] * grid[1]) if grid else ""
         return f"<image_id>{index}</image_id><image>{place}</image>{tiles}"
 

@@ -20,7 +20,7 @@ def sines_and_cosines(positions, size):
 class Resampler(nn.Module):
     """query_num tokens a slice, whatever its size."""
 
-    def __init__(self, query_num, size, vision_size, max_size=(20, 20)):
+    def __init__(self, query_num, size, vision_size, max_size=(70, 70)):
         super().__init__()
         self.size = size
         self.max_size = max_size
