@@ -49,13 +49,14 @@ from guard import check_fast_path
 from lora import is_adapter, rank_of
 from loss import VLM_GRPOLoss, group_advantages
 from models import DTYPES, choose_device, freeze, load_minicpm, load_weights
-from policy import Policy, load_policy, parameter_table, set_trainable
+from policy import Policy, load_policy
 from processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
 from prompts import read_template
 from replay_buffer import ReplayBuffer, join_experiences, make_experience
 from reward import SUCCESS_REWARD
 from rollout import Group, PromptEncoder, rollout_groups
 from sharding import gathered, load_optimizer_state, shard, whole_optimizer_state, whole_weights
+from trainable import parameter_table, set_trainable
 from update import Learner, learning_rate, make_idle, make_optimizer, micro_batches, set_learning_rate, update
 
 

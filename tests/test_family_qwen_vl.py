@@ -11,8 +11,9 @@ from PIL import Image
 from data import PhotoError
 from family import ModelError
 from models import load_minicpm
-from policy import Policy, parameter_parts
+from policy import Policy
 from train_vlm_parallel import train
+from trainable import parameter_parts
 
 WIDE, SQUARE = (64, 32), (32, 32)  # pixels; in tokens of 16 x 16 pixels: 4 x 2 and 2 x 2
 
