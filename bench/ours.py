@@ -25,17 +25,18 @@ def step_options(model_folder: Path, case: Case) -> TrainOptions:
                         kl_weight=0.01, train_vision=case.train_vision, device="cpu", num_threads=1)
 
 
-def make_run(options: TrainOptions, sample: Sample, template: str | None = TEMPLATE) -> Run:
+def make_run(options: TrainOptions, template: str | None = TEMPLATE) -> Run:
     """Load policy and reference as a training run does."""
     policy, reference, shares_vision = load_models(options, None)
     parameters = set_trainable(policy, options.train_vision)
     objective = VLM_GRPOLoss(options.clip_eps, options.kl_weight, max_length=options.max_length)
     return Run(policy, reference, shares_vision, parameters, make_optimizer(parameters, options), objective,
-               PromptEncoder(policy, template=template), None, [sample], [])
+               PromptEncoder(policy, template=template), None, [], [])
 
 
-def our_step(run: Run, options: TrainOptions, rewards: Sequence[float], step: int, meter: Meter) -> list[Group]:
-    """Do one step, its photos read and prepared anew; rewards stand in for those of the answers."""
+def our_step(run: Run, options: TrainOptions, step: int, meter: Meter, rewards: Sequence[float] | None = None
+             ) -> list[Group]:
+    """Do one step on run.products, their photos read and prepared anew; rewards: stand in for those of the answers."""
     with meter.phase("prepare"):
         run.encoder = PromptEncoder(run.policy, template=run.encoder.template)
         for sample in run.products:
@@ -45,7 +46,7 @@ def our_step(run: Run, options: TrainOptions, rewards: Sequence[float], step: in
                                           options.max_length, f"bench/{step}", options.rollout_batch_size)
         if failures:
             raise RuntimeError(str(failures[0]))
-        for group in groups:
+        for group in groups if rewards else ():
             group.rewards = [replace(part, reward=reward) for part, reward in
                              zip(group.rewards, rewards, strict=True)]
     with meter.phase("reference"):
@@ -55,10 +56,11 @@ def our_step(run: Run, options: TrainOptions, rewards: Sequence[float], step: in
     return groups
 
 
-def measured_step(run: Run, options: TrainOptions, case: Case, step: int, meter: Meter) -> list[Group]:
-    """Do one step with the meter started at its beginning and charged at its end."""
+def measured_step(run: Run, options: TrainOptions, case: Case, sample: Sample, step: int, meter: Meter) -> list[Group]:
+    """Do one step on a sample with the meter started at its beginning and charged at its end."""
+    run.products = [sample]
     meter.restart()
-    groups = our_step(run, options, seeded_rewards(case), step, meter)
+    groups = our_step(run, options, step, meter, seeded_rewards(case))
     meter.charge()
     run.encoder = PromptEncoder(run.policy, template=run.encoder.template)  # nothing is kept for the next step
     return groups

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -64,6 +65,8 @@ from cases import ANSWER_TOKENS, QUICK, Case, cases_named, make_sample, write_mo
 from data import Sample, load_photos
 from meter import Meter, keep_memory, resident, return_memory, trim
 from ours import make_run, measured_step, reference_log_probs, step_options
+from rollout import Group
+from train_vlm_parallel import Run
 
 PHASES = ("prepare", "generate", "reference", "train")
 MEMORY_MICRO_BATCH = 4
@@ -72,68 +75,81 @@ WITHIN = 1e-4  # log-probs of both sides on the same tokens
 
 def measure_case(case: Case, folder: Path, options: StepOptions) -> dict[str, Any]:
     """Measure one case: seconds in this process, memory in others."""
-    model_folder, sample = folder / "model", make_sample(case, folder)
-    settings = step_options(model_folder, case)
-    run, meter = make_run(settings, sample), Meter()
-    measured_step(run, settings, case, 0, meter)  # not counted: the first step fills caches
+    sample, warm_up = make_sample(case, folder), make_sample(QUICK, folder)
+    settings = step_options(folder / "model", case)
+    run, meter = make_run(settings), Meter()
+    measured_step(run, settings, case, warm_up, 0, meter)
     ours: list[dict[str, float]] = []
+    groups: list[Group] = []
     result: dict[str, Any] = {"case": asdict(case) | {"name": case.name, "photo_tokens": case.photo_tokens},
                               "ours": {"repeats": ours}}
 
-    def our_turn() -> Any:
-        groups = measured_step(run, settings, case, len(ours) + 1, meter)
+    def our_turn() -> None:
+        groups[:] = measured_step(run, settings, case, sample, len(ours) + 1, meter)
         ours.append(dict(meter.seconds))
-        return groups[0]
 
     if options.no_trl:
         for _ in range(options.repeats):
             our_turn()
     else:
-        result["trl"], result["checks"] = against_trl(case, folder, sample, run, our_turn, options)
+        trainer, result["trl"] = trl_turns(case, folder, (warm_up, sample), our_turn, options)
+        result["checks"] = check_same_work(case, trainer, load_photos(sample), run, groups[0])
     for side in ("ours",) if options.no_trl else ("ours", "trl", "trl_checkpointed"):
         result.setdefault(side, {})["peaks"] = memory_in_a_child(side, case)
     return result
 
 
-def against_trl(case: Case, folder: Path, sample: Sample, run: Any, our_turn: Any, options: StepOptions
-                ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Choose TRL's best micro-batch, then take turns; raises RuntimeError when both sides did not do the same."""
+def trl_turns(case: Case, folder: Path, samples: tuple[Sample, Sample], our_turn: Callable[[], None],
+              options: StepOptions) -> tuple[Any, dict[str, Any]]:
+    """Choose TRL's best micro-batch, then take turns; returns the last trainer and its seconds.
+
+    samples: one to warm up on, whose step is not counted, and the one to measure.
+    """
     import trl_side
 
-    def trl_steps(micro_batch: int, checkpointing: bool, steps: int, then: Any = lambda: None) -> tuple[Any, list]:
-        meter, repeats = Meter(), []
-        trainer = trl_side.make_trainer(folder / "model", folder / "trl", case, sample, micro_batch, checkpointing,
-                                        steps, meter)
-        trl_side.run_steps(trainer, lambda: (repeats.append(dict(meter.seconds)), then()))
+    def seconds_of(micro_batch: int, checkpointing: bool, repeats: int, then: Callable[[], None] = lambda: None
+                   ) -> tuple[Any, list[dict[str, float]]]:
+        meter, counted = Meter(), []
+        trainer = trl_side.make_trainer(folder / "model", folder / "trl", case, [samples[0], *[samples[1]] * repeats],
+                                        micro_batch, checkpointing, meter)
+
+        def after(step: int) -> None:
+            if step:
+                counted.append(dict(meter.seconds))
+                then()
+
+        trl_side.run_steps(trainer, after)
         trim()
-        return trainer, repeats
+        return trainer, counted
 
     sizes = [size for size in map(int, options.micro_batches.split(",")) if case.group_size % size == 0
              and (size == 1 or size * (case.prompt_tokens + ANSWER_TOKENS) <= options.most_tokens)]
-    trials = []
-    trl_steps(sizes[0], False, 1)  # not counted
-    for micro_batch in sizes if len(sizes) > 1 else []:
-        seconds = trl_steps(micro_batch, False, 1)[1][0]
-        trials.append({"micro_batch": micro_batch, "checkpointing": False, "seconds": seconds})
-    best = min(trials, key=lambda trial: sum(trial["seconds"].values()))["micro_batch"] if trials else sizes[0]
-    trials.append({"micro_batch": best, "checkpointing": True, "seconds": trl_steps(best, True, 1)[1][0]})
-    groups: list[Any] = []
-    trainer, repeats = trl_steps(best, False, options.repeats, lambda: groups.append(our_turn()))
-    group = groups[-1]
-    scored, without_markers = trl_side.reference_log_probs(trainer, load_photos(sample), group.prompt.input_ids,
+    tried = [(size, False, seconds_of(size, False, 1)[1][0]) for size in sizes if len(sizes) > 1]
+    best = min(tried, key=lambda trial: sum(trial[2].values()))[0] if tried else sizes[0]
+    tried.append((best, True, seconds_of(best, True, 1)[1][0]))
+    trainer, repeats = seconds_of(best, False, options.repeats, our_turn)
+    return trainer, {"micro_batch": best, "repeats": repeats, "tried": [
+        dict(zip(("micro_batch", "checkpointing", "seconds"), trial, strict=True)) for trial in tried]}
+
+
+def check_same_work(case: Case, trainer: Any, photos: list[Any], run: Run, group: Group) -> dict[str, Any]:
+    """Compare both sides' prompts, numbers of tokens and scores; raises RuntimeError when they are not the same."""
+    import trl_side
+
+    scored, without_markers = trl_side.reference_log_probs(trainer, photos, group.prompt.input_ids,
                                                            group.completions[:2])
-    mine = reference_log_probs(run, group, 2)
-    checks = {"prompt_tokens": len(trainer.worked["prompt_ids"]), "generated": trainer.worked["generated"],
+    mine, worked = reference_log_probs(run, group, 2), trainer.worked
+    checks = {"prompt_tokens": len(worked["prompt_ids"]), "generated": worked["generated"],
               "log_probs_within": float((mine - without_markers).abs().max()),
               "log_probs_within_markers_in": float((mine - scored).abs().max())}
-    if not torch.equal(trainer.worked["prompt_ids"], group.prompt.input_ids):
+    if not torch.equal(worked["prompt_ids"], group.prompt.input_ids):
         raise RuntimeError(f"{case.name}: the prompts differ")
-    if not trainer.worked["generated"] == int(group.action_mask.sum()) == case.group_size * ANSWER_TOKENS:
-        raise RuntimeError(f"{case.name}: TRL generated {trainer.worked['generated']} tokens, we "
+    if not worked["generated"] == int(group.action_mask.sum()) == case.group_size * ANSWER_TOKENS:
+        raise RuntimeError(f"{case.name}: TRL generated {worked['generated']} tokens, we "
                            f"{int(group.action_mask.sum())}")
     if not checks["log_probs_within"] < WITHIN:
         raise RuntimeError(f"{case.name}: log-probs differ by {checks['log_probs_within']:.1e}")
-    return {"micro_batch": best, "trials": trials, "repeats": repeats}, checks
+    return checks
 
 
 def memory_in_a_child(side: str, case: Case) -> dict[str, float]:
@@ -146,34 +162,33 @@ def memory_in_a_child(side: str, case: Case) -> dict[str, float]:
 
 
 def memory_of(side: str, case: Case, folder: Path) -> dict[str, float]:
-    """Peaks of a step, MiB above what is resident before it: models, optimizer state, libraries."""
-    sample, meter = make_sample(case, folder), Meter(memory=True)
-    model_folder, peaks = folder / "model", {}
-    base = 0.0
+    """Peaks of a step, MiB above what is resident before it: models, optimizer state, libraries.
+
+    A small step comes first, so that all of those are there.
+    """
+    sample, warm_up, meter = make_sample(case, folder), make_sample(QUICK, folder), Meter(memory=True)
     if side == "ours":
-        settings = step_options(model_folder, case)
-        run = make_run(settings, sample)
-        measured_step(run, settings, case, 0, meter)
+        settings = step_options(folder / "model", case)
+        run = make_run(settings)
+        measured_step(run, settings, case, warm_up, 0, meter)
         trim()
         base = resident()
-        measured_step(run, settings, case, 1, meter)
-        peaks = dict(meter.peaks)
-    else:
-        import trl_side
+        measured_step(run, settings, case, sample, 1, meter)
+        return {name: peak - base for name, peak in meter.peaks.items()}
+    import trl_side
 
-        size = min(MEMORY_MICRO_BATCH, case.group_size)
-        trainer = trl_side.make_trainer(model_folder, folder / "trl", case, sample, size, side == "trl_checkpointed", 2,
-                                        meter)
+    trainer = trl_side.make_trainer(folder / "model", folder / "trl", case, [warm_up, sample],
+                                    min(MEMORY_MICRO_BATCH, case.group_size), side == "trl_checkpointed", meter)
+    bases: list[float] = []
+    peaks: dict[str, float] = {}
 
-        def after_step() -> None:
-            nonlocal base
-            peaks.update(meter.peaks)
-            if not base:
-                trim()
-                base = resident() - trainer.held_bytes() / 2 ** 20
+    def after(step: int) -> None:
+        peaks.update(meter.peaks)
+        trim()
+        bases.append(resident())
 
-        trl_side.run_steps(trainer, after_step)
-    return {name: peak - base for name, peak in peaks.items()}
+    trl_side.run_steps(trainer, after)
+    return {name: peak - bases[0] for name, peak in peaks.items()}
 
 
 def total(side: dict[str, Any]) -> float:
@@ -231,7 +246,7 @@ def surroundings(options: StepOptions) -> dict[str, Any]:
             "versions": {name: version(name) for name in packages}, "processor": processor[0] if processor else "",
             "settings": {"dtype": "float32", "threads": 1, "new_tokens": ANSWER_TOKENS, "temperature": 1.0,
                          "seconds": "CPU seconds; malloc keeps freed memory (M_MMAP_MAX 0, M_TRIM_THRESHOLD -1)",
-                         "memory": "VmHWM of a second step above what is resident before it, a process each; malloc "
+                         "memory": "VmHWM of a step above what is resident before it, a process each; malloc "
                                    "returns freed memory (M_MMAP_THRESHOLD 64 KiB); TRL at micro-batch "
                                    f"{MEMORY_MICRO_BATCH}"}, "options": asdict(options)}
 

@@ -5,7 +5,8 @@ there is no evaluation of the reward by a model, and the micro-batch is the fast
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,9 @@ class MeteredTrainer(GRPOTrainer):
         with self.meter.phase("reference"):
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
-    def held_bytes(self) -> int:
-        """What it keeps of the last step's inputs."""
-        return sum(value.numel() * value.element_size() for batch in self._buffered_inputs or []
-                   for value in batch.values() if isinstance(value, torch.Tensor))
-
 
 class StepEnds(TrainerCallback):
-    """Call a function before the first step and one at the end of each optimizer step."""
+    """Call a function before the first step and another at the end of each optimizer step."""
 
     def __init__(self, begin: Callable[[], None], then: Callable[[], None]):
         self.begin = begin
@@ -80,19 +76,20 @@ class StepEnds(TrainerCallback):
         self.then()
 
 
-def make_trainer(model_folder: Path, output: Path, case: Case, sample: Sample, micro_batch: int, checkpointing: bool,
-                 steps: int, meter: Meter) -> MeteredTrainer:
-    """Set a trainer up for so many optimizer steps on one product."""
+def make_trainer(model_folder: Path, output: Path, case: Case, samples: Sequence[Sample], micro_batch: int,
+                 checkpointing: bool, meter: Meter) -> MeteredTrainer:
+    """Set a trainer up for one optimizer step on each sample, in order."""
     warnings.filterwarnings("ignore", category=UserWarning)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     processor = PhotoProcessor(Qwen2VLImageProcessorPil.from_pretrained(model_folder), tokenizer,
                                chat_template=tokenizer.chat_template)
     model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32)
     model.model.visual.requires_grad_(case.train_vision)
-    photos = load_photos(sample)
-    dataset = Dataset.from_dict({"row": [0] * steps})
-    dataset.set_transform(lambda batch: {"prompt": [[{"role": "user", "content": sample.text}]] * len(batch["row"]),
-                                         "images": [photos] * len(batch["row"])})
+    prompts = [[{"role": "user", "content": sample.text}] for sample in samples]
+    photos = [load_photos(sample) for sample in samples]
+    dataset = Dataset.from_dict({"row": list(range(len(samples)))})
+    dataset.set_transform(lambda batch: {"prompt": [prompts[row] for row in batch["row"]],
+                                         "images": [photos[row] for row in batch["row"]]})
     rewards = seeded_rewards(case)
 
     def reward(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -105,7 +102,7 @@ def make_trainer(model_folder: Path, output: Path, case: Case, sample: Sample, m
         gradient_accumulation_steps=case.group_size // micro_batch, num_generations=case.group_size,
         max_completion_length=ANSWER_TOKENS, temperature=1.0, top_p=1.0, top_k=0, beta=0.01, loss_type="grpo",
         learning_rate=1e-6, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch",
-        gradient_checkpointing=checkpointing, max_steps=steps, shuffle_dataset=False, report_to="none",
+        gradient_checkpointing=checkpointing, max_steps=len(samples), shuffle_dataset=False, report_to="none",
         logging_strategy="no", save_strategy="no", eval_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
         generation_kwargs={"suppress_tokens": tokenizer.convert_tokens_to_ids(list(MARKERS))})
     trainer = MeteredTrainer(model, reward, settings, dataset, processing_class=processor)
@@ -114,12 +111,13 @@ def make_trainer(model_folder: Path, output: Path, case: Case, sample: Sample, m
     return trainer
 
 
-def run_steps(trainer: MeteredTrainer, then: Callable[[], None]) -> None:
-    """Train; `then` is called at the end of each step, with the meter charged, and the meter restarts after it."""
+def run_steps(trainer: MeteredTrainer, then: Callable[[int], None]) -> None:
+    """Train; `then` is called with each step's number, the meter charged, and the meter restarts after it."""
+    numbers = count()
 
     def end() -> None:
         trainer.meter.charge()
-        then()
+        then(next(numbers))
         trainer.meter.restart()
 
     trainer.add_callback(StepEnds(trainer.meter.restart, end))

@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 import count
+import pieces
 import step
 from cases import GRID, QUICK, Case, cases_named, make_sample, write_model
 from meter import Meter
@@ -77,7 +78,7 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize("exact_path", [False, True])
 def test_count_agrees_with_torchs_counter(small, exact_path, monkeypatch):
     sample = make_sample(QUICK, small)
-    run = make_run(step_options(small / "model", QUICK), sample)
+    run = make_run(step_options(small / "model", QUICK))
     completions = torch.zeros(4, 32, dtype=torch.long)
 
     def attention(query, key, value, *args, out_shape=None, **kwargs):
@@ -98,7 +99,7 @@ def test_count_agrees_with_torchs_counter(small, exact_path, monkeypatch):
 def test_prompts_have_exactly_the_length_of_the_case(small):
     for case in (*GRID[:2], QUICK):
         sample = make_sample(case, small)
-        run = make_run(step_options(small / "model", case), sample)
+        run = make_run(step_options(small / "model", case))
         assert len(run.encoder.encode(sample).input_ids) == case.prompt_tokens
 
 
@@ -161,7 +162,30 @@ def test_meter_finds_the_peak_of_each_phase():
     assert meter.peaks["large"] > meter.peaks["small"] + 50
 
 
-@pytest.mark.parametrize("name", ["step", "count"])
+def test_a_step_taken_apart():
+    seconds = {"model": 0.8, "policy": 0.1, "prepare": 0.05, "generate": 0.02, "reference": 0.01, "train": 0.02}
+    lines = pieces.apart_table(seconds).splitlines()
+    assert lines[2].endswith("| 800.0 | 80.0% |") and lines[4] == "| photo files, pixels, prompt | 50.0 | 5.0% |"
+    assert lines[-1] == "| all but model and policy | 100.0 | 10.0% |"
+
+
+def test_a_step_is_taken_apart_and_put_together_again(small):
+    case = replace(QUICK, group_size=2)
+    settings = step_options(small / "model", case)
+    stock = torch.Tensor.backward
+    seconds = pieces.take_apart(make_run(settings), settings, case, make_sample(case, small), repeats=1)
+    assert torch.Tensor.backward is stock
+    assert set(seconds) == {"model", "policy", "prepare", "generate", "reference", "train"}
+    assert seconds["model"] > max(value for name, value in seconds.items() if name != "model")
+
+
+def test_operators_of_a_phase_dearest_first():
+    rows = [("aten::mm", 60, 7), ("aten::add", 30, 2), ("aten::cat", 10, 1)]
+    assert pieces.operator_table({"prepare": rows, "train": rows}, 2).splitlines()[2:] == [
+        "| train | aten::mm | 7 | 60% |", "| train | aten::add | 2 | 30% |"]
+
+
+@pytest.mark.parametrize("name", ["step", "count", "pieces", "demo_step"])
 def test_help_answers(name):
     done = subprocess.run([sys.executable, f"bench/{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "usage: " in done.stdout
