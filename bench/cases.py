@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from config import OptionError
 from data import Sample
 
 ANSWER_TOKENS = 32
@@ -63,8 +64,11 @@ QUICK = Case(100, 4)
 
 
 def cases_named(names: str) -> list[Case]:
-    """Find cases by their names, separated by commas; raises KeyError with a name that isn't one."""
+    """Find cases by their names, separated by commas; raises OptionError naming one that isn't, and the known ones."""
     known = {case.name: case for case in (*GRID, QUICK)}
+    for name in names.split(","):
+        if name not in known:
+            raise OptionError(f"{name!r} is no case of the benchmark; known: {', '.join(known)}")
     return [known[name] for name in names.split(",")]
 
 

@@ -37,12 +37,9 @@ class PiecesOptions:
         """Refuse values that can't work; raises OptionError naming the option."""
         from cases import cases_named
 
+        cases_named(self.case)
         if self.repeats < 1:
             raise OptionError(f"--repeats {self.repeats}: must be above 0")
-        try:
-            cases_named(self.case)
-        except KeyError as problem:
-            raise OptionError(f"--case {self.case}: no such case; see step.py --help") from problem
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once

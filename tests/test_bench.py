@@ -15,6 +15,7 @@ import count
 import pieces
 import step
 from cases import GRID, QUICK, Case, cases_named, make_sample, write_model
+from config import OptionError, parse_options
 from meter import Meter
 from ours import make_run, step_options
 
@@ -105,7 +106,7 @@ def test_prompts_have_exactly_the_length_of_the_case(small):
 
 def test_cases_have_names():
     assert cases_named("300x12,1000x12frozen") == [Case(300, 12), Case(1000, 12, train_vision=False)]
-    with pytest.raises(KeyError, match="7x7"):
+    with pytest.raises(OptionError, match="'7x7' is no case.*known: 300x12, "):
         cases_named("7x7")
 
 
@@ -183,6 +184,15 @@ def test_operators_of_a_phase_dearest_first():
     rows = [("aten::mm", 60, 7), ("aten::add", 30, 2), ("aten::cat", 10, 1)]
     assert pieces.operator_table({"prepare": rows, "train": rows}, 2).splitlines()[2:] == [
         "| train | aten::mm | 7 | 60% |", "| train | aten::add | 2 | 30% |"]
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--cases", "7x7"], "'7x7' is no case"), (["--repeats", "0"], "--repeats 0: must be above 0"),
+    (["--micro_batches", "2,x"], "--micro_batches 2,x: give numbers above 0")])
+def test_wrong_options_are_named(flags, said, capsys):
+    with pytest.raises(SystemExit):
+        parse_options(step.StepOptions, "", flags)
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["step", "count", "pieces", "demo_step"])
