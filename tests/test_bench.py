@@ -116,12 +116,13 @@ RESULT = {"case": {"photos": 5, "prompt_tokens": 300, "group_size": 12, "train_v
                                {"prepare": 0.5, "generate": 2, "reference": 9.5, "train": 3}],
                    "peaks": {"generate": 50.0, "train": 100.0}}}
 TRL = {"trl": {"micro_batch": 4, "repeats": [{"prepare": 1, "generate": 9, "reference": 5, "train": 20}],
+               "tried": [{"micro_batch": 4, "checkpointing": True, "seconds": {"generate": 10, "train": 31}}],
                "peaks": {"train": 450.0}}, "trl_checkpointed": {"peaks": {"train": 200.0}}}
 
 
 def test_table_gives_medians_and_ratios():
     assert step.table([RESULT | TRL]).splitlines()[2] == (
-        "| 5, 300, 12, vision frozen | 1.00 / 9.00 / 5.00 / 20.00 / 35.00 (micro-batch 4) | "
+        "| 5, 300, 12, vision frozen | 1.00 / 9.00 / 5.00 / 20.00 / 35.00 (micro-batch 4; checkpointed 41.00) | "
         "0.50 / 2.00 / 0.50 / 2.00 / 5.00 | 7.0 | 450 (200) | 100 | 4.5 |")
     assert "| 5, 300, 12, vision frozen |  | 0.50 / 2.00 / 0.50 / 2.00 / 5.00 |  |  | 100 |  |" in step.table([RESULT])
 
