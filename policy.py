@@ -217,25 +217,28 @@ class Policy:
                             prefix.last_positions, group_size, max_length)
 
     def log_probs(self, prompts: Sequence[Prompt], completions: Tensor, action_mask: Tensor, temperature: float,
-                  features: Sequence[Tensor | None] | None = None, exact_path: bool | None = None
-                  ) -> tuple[Tensor, Tensor]:
+                  features: Sequence[Tensor | None] | None = None, exact_path: bool | None = None,
+                  with_entropy: bool = True) -> tuple[Tensor, Tensor]:
         """Score answers: log-probs of the tokens taken, and the entropy at each token without gradient.
 
         completions, action_mask: (B * G, T), G rows a prompt in order. Returns two (B * G, T) float32, 0 where masked.
         features: reuse encoded photos; None encodes them here, with gradient where the vision trains.
-        exact_path: a row an answer instead of a row a group; None does as the policy was told.
+        exact_path: a row an answer instead of a row a group; None does as the policy was told. with_entropy False
+        leaves the entropy 0.
         """
         rows = self._plain_rows if (self.exact_path if exact_path is None else exact_path) else self._shared_rows
         with self.computing(), self._checkpointing():
-            return self.root(self._log_probs, rows, prompts, completions, action_mask, temperature, features)
+            return self.root(self._log_probs, rows, prompts, completions, action_mask, temperature, features,
+                             with_entropy)
 
     def _log_probs(self, rows: Callable[..., Tensor], prompts: Sequence[Prompt], completions: Tensor,
-                   action_mask: Tensor, temperature: float, features: Sequence[Tensor | None] | None
-                   ) -> tuple[Tensor, Tensor]:
+                   action_mask: Tensor, temperature: float, features: Sequence[Tensor | None] | None,
+                   with_entropy: bool) -> tuple[Tensor, Tensor]:
         if features is None:
             features = self.family.photo_features(self.model, prompts)
         hidden = rows(prompts, features, completions, action_mask)  # (tokens, d)
-        taken, entropy = score_tokens(self._head, hidden, completions[action_mask], temperature, self._banned)
+        taken, entropy = score_tokens(self._head, hidden, completions[action_mask], temperature, self._banned,
+                                      with_entropy)
         zeros = torch.zeros(action_mask.shape, device=self.device)
         return zeros.masked_scatter(action_mask, taken), zeros.masked_scatter(action_mask, entropy)
 

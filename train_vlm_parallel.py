@@ -313,7 +313,8 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
             batch = join_experiences(items)
             ref_log_probs, _ = run.reference.log_probs(batch.prompts, batch.completions, batch.action_mask,
                                                        options.temperature,
-                                                       batch.features if run.shares_vision else None)
+                                                       batch.features if run.shares_vision else None,
+                                                       with_entropy=False)
             for item, rows in zip(items, ref_log_probs.split([len(item.returns) for item in items]), strict=True):
                 item.log_probs_ref = rows[:, :item.action_mask.shape[1]]
     return buffer
