@@ -12,7 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from config import CompareOptions, OptionError, TrainOptions, parse_options
+from config import CompareOptions, OptionError, TrainOptions, parse_options, sheet_options
 
 if __name__ == "__main__":
     OPTIONS = parse_options(CompareOptions, "Compare a model before and after training on the same products.")
@@ -100,7 +100,9 @@ def choose_samples(options: CompareOptions, trained: TrainOptions) -> list[Sampl
     """The products to compare on: the training run's held-out ones unless told otherwise."""
     own_sheet = options.data_path is not None
     path = options.data_path or (trained.eval_path if options.rows == "held_out" else None) or trained.data_path
-    samples, problems = load_samples(path, options.image_cache_dir or trained.image_cache_dir, trained.missing_photos)
+    reading = sheet_options(options, trained, own_sheet, held_out=path == trained.eval_path)
+    samples, problems = load_samples(path, options.image_cache_dir or trained.image_cache_dir, trained.missing_photos,
+                                     reading=reading)
     logger.info(f"{path}: {len(samples)} products")
     if samples and problems:
         logger.warning(f"{path}: rows with problems\n{summarise_problems(problems)}")
