@@ -1,12 +1,13 @@
 """What may be wrong with rows that can be read: outliers, unit slips, answers in the text, repeats, leaks.
 
-Nothing here leaves a row out: each finding is a RowProblem of a row that is used. Cheap enough for every start.
+Nothing here leaves a row out: each finding is a RowProblem of a row that is used. look_over is cheap enough for every
+start; look_at_photos opens the photos.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
 from data import CONTRADICTION, RowProblem, Sample, label_gap, most_different, rows_of_products
@@ -17,8 +18,10 @@ _FACTOR = 10.0  # a side so many times the usual one is an outlier
 _SPREAD = 4.0  # and so many standard deviations away from it
 _SLIPS = {"inch and cm": 2.54, "inch and mm": 25.4, "mm and cm": 10.0, "m and cm": 100.0, "ft and cm": 30.48}
 _WITHIN = 0.02  # sizes of text and label that differ by less are the same
+_SAME_LOOK = 4  # of 64 bits in which photos that look alike differ at most
 _TEXT_READ, _MOST_SIZES = 5_000, 60  # characters and sizes of a text that are looked at
-_TEXT_SIZE = re.compile(rf"(?<![0-9.,a-z])([0-9]++(?:\.[0-9]++)?+) ?({UNIT})?+(?: ?\([lwhd]\))?"
+_AXIS_BEFORE = re.compile("(?:[长宽高深厚]|(?<![a-z])[lwhd]) ?:? ?(?=[0-9])")
+_TEXT_SIZE = re.compile(rf"(?<![0-9.,a-wyz])([0-9]++(?:\.[0-9]++)?+) ?({UNIT})?+(?: ?\([lwhd]\))?"
                         r"(?P<more> ?[x×*] ?(?=[0-9]))?")
 
 
@@ -109,7 +112,7 @@ def _all_among(label: Sequence[float], sizes: Sequence[float]) -> bool:
 def sizes_in_text(text: str) -> list[float]:
     """List the sizes that a text names, in cm: numbers with a unit, and all of 12 x 8 x 15, the unit at its end."""
     sizes, chain = [], []
-    for match in _TEXT_SIZE.finditer(text[:_TEXT_READ].lower()):
+    for match in _TEXT_SIZE.finditer(_AXIS_BEFORE.sub("", text[:_TEXT_READ].lower())):
         chain.append((float(match[1]), match[2]))
         if match["more"]:
             continue
@@ -154,18 +157,47 @@ def shared_photos(samples: Sequence[Sample]) -> Iterator[RowProblem]:
                 yield _finding(sample, f"photo shared: {photo} belongs to row {owner.row} ({owner.product_id}) too")
 
 
-def leaks(training: Sequence[Sample], held_out: Sequence[Sample]) -> Iterator[RowProblem]:
-    """Find held-out rows whose product or photo is trained on."""
+def look_at_photos(samples: Sequence[Sample], seen: Mapping[str, tuple[str, int | None, str]]) -> list[RowProblem]:
+    """Find photos that are broken, equal, or look alike. seen: path -> content key, look and fault of opened photos."""
+    found, owners, looks = [], {}, {}
+    for sample in samples:
+        mine: list[tuple[str, str, int | None]] = []
+        for path in sample.photos:
+            content, look, fault = seen.get(path, (path, None, ""))
+            if fault:
+                found.append(_finding(sample, f"photo broken: {path}: {fault}"))
+                continue
+            for other, its_content, its_look in mine:
+                if content == its_content:
+                    found.append(_finding(sample, f"photo twice: {path} equals {other}; it counts once"))
+                elif look is not None and its_look is not None and (look ^ its_look).bit_count() <= _SAME_LOOK:
+                    found.append(_finding(sample, f"photos look alike: {path} and {other}"))
+            mine.append((path, content, look))
+            owner, its_path = owners.setdefault(content, (sample, path))
+            alike, _ = looks.setdefault(look, (sample, path)) if look is not None else (sample, path)
+            if owner.product_id != sample.product_id and its_path != path:
+                found.append(_finding(sample, f"photo shared: {path} equals {its_path} of row {owner.row} "
+                                              f"({owner.product_id})"))
+            elif alike.product_id not in (sample.product_id, owner.product_id):
+                found.append(_finding(sample, f"photos look alike: {path} and that of row {alike.row} "
+                                              f"({alike.product_id})"))
+    return found
+
+
+def leaks(training: Sequence[Sample], held_out: Sequence[Sample], contents: Mapping[str, str] | None = None
+          ) -> Iterator[RowProblem]:
+    """Find held-out rows whose product or photo is trained on. contents: path -> content key, where known."""
+    contents = contents or {}
     products = {sample.product_id: sample for sample in reversed(training)}
-    photos = {photo: sample for sample in reversed(training) for photo in sample.photos}
+    photos = {contents.get(photo, photo): sample for sample in reversed(training) for photo in sample.photos}
     for sample in held_out:
         if sample.product_id in products:
             other = products[sample.product_id]
             yield _finding(sample, f"held-out product trained on: {other.sheet} row {other.row} has it too")
         for photo in sample.photos:
-            if photo in photos and photos[photo].product_id != sample.product_id:
-                yield _finding(sample, f"held-out photo trained on: {photos[photo].sheet} row {photos[photo].row} has "
-                                       f"{photo} too")
+            other = photos.get(contents.get(photo, photo))
+            if other and other.product_id != sample.product_id:
+                yield _finding(sample, f"held-out photo trained on: {other.sheet} row {other.row} has {photo} too")
 
 
 def count_kinds(problems: Sequence[RowProblem]) -> dict[str, int]:

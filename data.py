@@ -58,6 +58,11 @@ class RowProblem:
         """What kind of problem it is, as in "photo missing"."""
         return self.problem.partition(":")[0]
 
+    @property
+    def detail(self) -> str:
+        """What stands behind the kind, or the kind where nothing does."""
+        return self.problem.partition(": ")[2] or self.problem
+
 
 def cached_photo_path(address: str, cache_dir: str | Path) -> Path:
     """Name the cache file of a photo address: md5 of the whole address, then its extension.

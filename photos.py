@@ -4,7 +4,8 @@ import hashlib
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -109,6 +110,35 @@ def content_key(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return str(path)
+
+
+def look_of(photo: Image.Image) -> int | None:
+    """Reduce a picture to 64 bits that survive resizing and recompression; None for one without any pattern."""
+    grey = photo.convert("L").resize((9, 8), Image.Resampling.BOX)
+    darkest, brightest = grey.getextrema()
+    if brightest - darkest < 16:
+        return None
+    levels = grey.tobytes()
+    return sum(1 << place for place in range(64)
+               if levels[place // 8 * 9 + place % 8] > levels[place // 8 * 9 + place % 8 + 1])
+
+
+def examine_photos(paths: Iterable[str]) -> Iterator[tuple[str, str, int | None, str]]:
+    """Open photos in worker threads, few at a time; yields path, content key, look, and what is wrong with it."""
+    workers, waiting = _workers(), deque()
+    for path in paths:
+        waiting.append(workers.submit(_examine, path))
+        if len(waiting) > 4 * _WORKERS:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _examine(path: str) -> tuple[str, str, int | None, str]:
+    try:
+        return path, content_key(path), look_of(open_photo(path)), ""
+    except PhotoError as problem:
+        return path, content_key(path), None, str(problem)
 
 
 @cache

@@ -62,7 +62,7 @@ def read_sheet(path: str | Path, options: SheetOptions, required: Sequence[str])
     Raises DataError when the sheet can't be read or lacks a required column.
     """
     path = Path(path)
-    rows, header, columns = _find_header(path, options, required)
+    rows, _, header, columns = _find_header(path, options, required)
     places = {field: [header.index(name) for name in names] for field, names in columns.items() if field != "photo"}
     photo_places = [(name, header.index(name)) for name in columns["photo"]]
     unfilled = False
@@ -81,8 +81,13 @@ def read_sheet(path: str | Path, options: SheetOptions, required: Sequence[str])
                        "in a spreadsheet program and save it again")
 
 
+def header_number(path: str | Path, options: SheetOptions, required: Sequence[str]) -> int:
+    """Return the number of the row that names the columns."""
+    return _find_header(Path(path), options, required)[1]
+
+
 def _find_header(path: Path, options: SheetOptions, required: Sequence[str]
-                 ) -> tuple[Iterable[Row], list[str], dict[str, list[str]]]:
+                 ) -> tuple[Iterable[Row], int, list[str], dict[str, list[str]]]:
     """Take the first of the upper rows that names every required column; title rows above it are passed over."""
     rows = read_table(path, options)
     upper = [row for _, row in zip(range(_TITLE_ROWS), rows, strict=False)]
@@ -94,8 +99,8 @@ def _find_header(path: Path, options: SheetOptions, required: Sequence[str]
               for name in names}
     place = next((place for place, (_, cells) in enumerate(upper) if wanted <= set(cells) and (
         required or photos & set(cells) or any(map(_PHOTO_COLUMN.fullmatch, cells)))), 0)
-    header = upper[place][1]
-    return chain(upper[place + 1:], rows), header, _find_columns(path, header, mapping, required)
+    number, header = upper[place]
+    return chain(upper[place + 1:], rows), number, header, _find_columns(path, header, mapping, required)
 
 
 def read_mapping(pairs: Sequence[str]) -> dict[str, list[str]]:
