@@ -26,6 +26,7 @@ from data import (
     DataError,
     RowProblem,
     Sample,
+    count_photos,
     doubtful_labels,
     load_samples,
     obey_bad_rows,
@@ -74,7 +75,8 @@ def check(options: CheckOptions) -> bool:
     last.add(leaks(training, held_out, {path: content for path, (content, _, _) in seen.items()}))
     verdict = first.verdict or last.verdict
     conclusion = (f"training would not start: {verdict}" if verdict else
-                  f"training would start: {len(training)} rows to train on, {len(held_out)} held out")
+                  f"training would start: {len(training)} rows to train on, {len(held_out)} held out; "
+                  f"{count_photos(first.usable, first.losses)}")
     stem = Path(options.data_path).stem
     names = [(options.html_path or f"{stem}.check.html", options.output_path or f"{stem}.check.xlsx"),
              (f"{stem}.check.held_out.html", f"{stem}.check.held_out.xlsx")]

@@ -286,6 +286,14 @@ def require_usable(samples: Sequence[Sample], problems: Sequence[RowProblem], da
     raise DataError(" ".join(message))
 
 
+def count_photos(samples: Sequence[Sample], problems: Sequence[RowProblem]) -> str:
+    """Say how many photos samples have, and how many of them are placeholders."""
+    count = f"{sum(len(sample.photos) for sample in samples)} photos"
+    rows = {sample.row for sample in samples if sample.missing_photos == "placeholder"}
+    stand_ins = sum(problem.kind == "photo missing" and problem.row in rows for problem in problems)
+    return f"{count}, {stand_ins} of them placeholders" if stand_ins else count
+
+
 def obey_bad_rows(problems: Sequence[RowProblem], data_path: str | Path, on_bad_row: str) -> None:
     """Raise DataError when rows are left out and that is to stop the run (--on_bad_row stop)."""
     bad = [problem for problem in problems if not problem.used]

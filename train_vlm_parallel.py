@@ -36,6 +36,7 @@ from data import (
     DataError,
     RowProblem,
     Sample,
+    count_photos,
     load_samples,
     obey_bad_rows,
     products_of_step,
@@ -197,7 +198,7 @@ def read_sheet(path: str, options: TrainOptions, reading: SheetOptions) -> list[
     if options.download_missing:
         download_missing(path, options.image_cache_dir, reading)
     samples, problems = load_samples(path, options.image_cache_dir, options.missing_photos, reading=reading)
-    logger.info(f"{path}: {len(samples)} products, {sum(len(sample.photos) for sample in samples)} photos")
+    logger.info(f"{path}: {len(samples)} products, {count_photos(samples, problems)}")
     if samples and problems:
         logger.warning(f"{path}: rows with problems\n{summarise_problems(problems)}")
     require_usable(samples, problems, path, options.image_cache_dir)

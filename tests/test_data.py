@@ -17,6 +17,8 @@ from data import (
     RowProblem,
     Sample,
     cached_photo_path,
+    count_photos,
+    find_cached_photo,
     load_photos,
     load_samples,
     products_of_step,
@@ -72,6 +74,23 @@ def load(path: Path, **options) -> tuple[list[Sample], list[RowProblem]]:
 ])
 def test_cached_photo_path(address, name, tmp_path):
     assert cached_photo_path(address, tmp_path) == tmp_path / name
+
+
+ODD = ["https://x.example/i/1.v=1601398380000", "https://x.example/a.png?x-oss-process=image/resize,w_500",
+       "https://x.example/a.jpg!w500", "https://x.example/none", "https://x.example/%E6%9D%AF.v=1/b", "https://x/a.b c"]
+
+
+@pytest.mark.parametrize("address", ODD)
+def test_a_cache_filled_by_the_literal_rule_is_found(address, tmp_path):
+    assert cached_photo_path(address, tmp_path).suffix in (".jpg", ".png")
+    assert find_cached_photo(address, tmp_path) is None
+    md5 = hashlib.md5(address.encode()).hexdigest()
+    for literal in {os.path.splitext(address)[1], os.path.splitext(address.partition("?")[0])[1]}:
+        (tmp_path / (md5 + literal)).write_bytes(b"")
+        assert find_cached_photo(address, tmp_path) == str(tmp_path / (md5 + literal))
+        (tmp_path / (md5 + literal)).unlink()
+    cached_photo_path(address, tmp_path).write_bytes(b"")
+    assert find_cached_photo(address, tmp_path) == str(cached_photo_path(address, tmp_path))
 
 
 # Reading a sheet
@@ -223,6 +242,7 @@ def photo_sheet(tmp_path: Path) -> Path:
     ("use_rest", {2: 2, 3: 1, 5: 0}),
     ("drop_row", {2: 2, 5: 0}),
     ("text_only", {2: 2, 3: 1, 4: 0, 5: 0}),
+    ("placeholder", {2: 2, 3: 2, 4: 1, 5: 0}),
 ])
 def test_missing_photos(missing_photos, photos_of_row, tmp_path):
     samples, problems = load(photo_sheet(tmp_path), missing_photos=missing_photos)
@@ -233,6 +253,14 @@ def test_missing_photos(missing_photos, photos_of_row, tmp_path):
     for problem, column, name in zip(problems, ("spu_img_1", "sku_img"), ("lost", "gone"), strict=True):
         expected = cached_photo_path(ADDRESS.format(name), tmp_path / "cache")
         assert problem.problem == f"photo missing: {column} {ADDRESS.format(name)} (expected as {expected})"
+
+
+def test_placeholders_stand_in_for_missing_photos(tmp_path):
+    samples, problems = load(photo_sheet(tmp_path), missing_photos="placeholder")
+    assert [photo.getpixel((0, 0)) for photo in load_photos(samples[1])] == [(254, 0, 0), (128, 128, 128)]
+    assert count_photos(samples, problems) == "5 photos, 2 of them placeholders"
+    assert count_photos(*load(photo_sheet(tmp_path))) == "3 photos"
+    assert summarise_problems(problems).endswith("2 rows with problems: 0 left out, 2 used")
 
 
 def test_use_rest_is_the_default_and_other_words_are_refused(tmp_path):

@@ -22,6 +22,7 @@ from data import DataError
 from family import ModelError
 from loss import VLM_GRPOLoss
 from policy import _Rows
+from sheet import write_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,6 +37,24 @@ def tags(log_dir):
     events = EventAccumulator(str(log_dir))
     events.Reload()
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_bad_rows_stop_a_run_before_weights_load(shop, tmp_path):
+    options = train_options(shop, tmp_path, on_bad_row="stop", model_path=str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="2 rows can't be trained on, and --on_bad_row is stop. The first: row 10 "):
+        training.train(options)
+
+
+def test_odd_rows_and_leaks_are_said_at_start(shop, tmp_path, said):
+    write_table(tmp_path / "data.xlsx", [["name", "label"], ["box 1 x 8 x 15 cm", "1 8 15"], ["box b", "9 9 9"]])
+    write_table(tmp_path / "test.xlsx", [["name", "label"], ["box b", "9 9 9"]])
+    options = train_options(shop, tmp_path, data_path=str(tmp_path / "data.xlsx"), column=["text=name"],
+                            eval_path=str(tmp_path / "test.xlsx"))
+    products, held_out = training.load_products(options)
+    text = "".join(said)
+    assert len(products) == 2 and len(held_out) == 1
+    assert "answer in the text (1 rows)" in text and "label like a placeholder (1 rows)" in text
+    assert "held-out product trained on (1 rows)" in text
 
 
 def test_a_run_trains_logs_and_saves(shop, tmp_path, said):
