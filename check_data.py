@@ -7,8 +7,8 @@ column. The exit status is 0 when training would start, 1 when it would not, 2 w
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from config import CheckOptions, OptionError, SheetOptions, held_out_sheet, parse_options
@@ -48,14 +48,14 @@ class SheetCheck:
     rows: list[Sample]  # all rows with a text, the label () where none can be read
     usable: list[Sample]  # those that would be trained on
     losses: list[RowProblem]  # why others would not
-    problems: list[RowProblem] = field(default_factory=list)  # everything, in the order of rows
+    problems: list[RowProblem]  # everything that was found
     verdict: str = ""  # why training would not start
 
-    def add(self, problems: Iterable[RowProblem]) -> None:
-        """Take further problems; whether their rows are used is decided by what would be trained on."""
+    def sort_out(self) -> None:
+        """Put the problems in order, each once; whether a row is used is decided by what would be trained on."""
         used = {sample.row for sample in self.usable}
         self.problems = sorted({RowProblem(problem.row, problem.product_id, problem.problem, problem.row in used): None
-                                for problem in [*self.problems, *problems]}, key=lambda problem: problem.row)
+                                for problem in self.problems}, key=lambda problem: problem.row)
 
 
 def check(options: CheckOptions) -> bool:
@@ -65,14 +65,13 @@ def check(options: CheckOptions) -> bool:
         checks.append(inspect_rows(options.eval_path, held_out_sheet(options), options))
     seen = see_photos([sample for each in checks for sample in each.rows], options.max_photos)
     for each in checks:
-        each.add(look_at_photos(each.rows, seen))
-        each.add(too_long(each.rows, options))
+        each.problems += [*look_over(each.rows), *look_at_photos(each.rows, seen), *too_long(each.rows, options)]
     first, last = checks[0], checks[-1]
     training, held_out = ((first.usable, last.usable) if options.eval_path
                           else split_held_out(first.usable, options.eval_fraction))
     if first.usable and not training:
         first.verdict = first.verdict or f"all {len(first.usable)} usable products are held out by --eval_fraction"
-    last.add(leaks(training, held_out, {path: content for path, (content, _, _) in seen.items()}))
+    last.problems += list(leaks(training, held_out, {path: content for path, (content, _, _) in seen.items()}))
     verdict = first.verdict or last.verdict
     conclusion = (f"training would not start: {verdict}" if verdict else
                   f"training would start: {len(training)} rows to train on, {len(held_out)} held out; "
@@ -81,6 +80,7 @@ def check(options: CheckOptions) -> bool:
     names = [(options.html_path or f"{stem}.check.html", options.output_path or f"{stem}.check.xlsx"),
              (f"{stem}.check.held_out.html", f"{stem}.check.held_out.xlsx")]
     for each, (page, sheet) in zip(checks, names, strict=False):
+        each.sort_out()
         print(summarise(each))
         Path(page).write_text(html_page(each.path, each.rows, each.problems, conclusion), encoding="utf-8")
         write_table(sheet, with_problems(each))
@@ -93,18 +93,16 @@ def inspect_rows(path: str, reading: SheetOptions, options: CheckOptions) -> She
     """Read a sheet twice: every row as it is, and as training would."""
     rows, problems = read_rows(path, options.image_cache_dir, "text_only", False, reading)
     usable, losses = load_samples(path, options.image_cache_dir, options.missing_photos, reading=reading)
-    found = SheetCheck(path, reading, rows, usable, losses)
+    doubts = doubtful_labels(rows)
+    problems += [problem for problem in losses if problem.kind == "label missing"]
+    problems += [RowProblem(sample.row, sample.product_id, doubts[sample.row], False) for sample in rows
+                 if sample.row in doubts]
+    found = SheetCheck(path, reading, rows, usable, losses, problems)
     try:
         require_usable(usable, losses, path, options.image_cache_dir)
         obey_bad_rows(losses, path, options.on_bad_row)
     except DataError as problem:
         found.verdict = str(problem)
-    doubts = doubtful_labels(rows)
-    found.add(problems)
-    found.add(problem for problem in losses if problem.kind == "label missing")
-    found.add(RowProblem(sample.row, sample.product_id, doubts[sample.row], False) for sample in rows
-              if sample.row in doubts)
-    found.add(look_over(rows))
     return found
 
 
@@ -152,9 +150,9 @@ def summarise(found: SheetCheck, examples: int = 3, outliers_shown: int = 10) ->
              f"{sum(len(sample.photos) for sample in found.rows)} photos there",
              f"{len(found.usable)} rows would be used, {len(lost)} left out"]
     of_kind: dict[str, list[RowProblem]] = {}
-    for problem in [*outliers(found.rows), *found.problems]:  # the worst outliers first
-        if problem not in of_kind.setdefault(problem.kind, []):
-            of_kind[problem.kind].append(problem)
+    for problem in found.problems:
+        of_kind.setdefault(problem.kind, []).append(problem)
+    of_kind["label outlier"] = outliers(found.rows)  # the worst first
     apart, alike = (len({problem.product_id for problem in of_kind.get(kind, ())})
                     for kind in ("labels contradict", "label written differently"))
     if apart + alike:

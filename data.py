@@ -73,25 +73,24 @@ def cached_photo_path(address: str, cache_dir: str | Path) -> Path:
 
 
 def _cached_name(address: str) -> str:
-    extension = os.path.splitext(address.partition("?")[0].partition("#")[0])[1]
-    return _md5(address) + (extension if extension.lower() in _PHOTO_EXTENSIONS else ".jpg")
-
-
-def _md5(address: str) -> str:
-    return hashlib.md5(address.encode("utf-8", "surrogatepass"), usedforsecurity=False).hexdigest()
+    # Strings, here and below: a sheet may name a million photos.
+    name = address.partition("?")[0].partition("#")[0].rpartition("/")[2]
+    _, dot, extension = name.rpartition(".")
+    extension = "." + extension if dot and "." + extension.lower() in _PHOTO_EXTENSIONS else ".jpg"
+    return hashlib.md5(address.encode("utf-8", "surrogatepass"), usedforsecurity=False).hexdigest() + extension
 
 
 def find_cached_photo(address: str, cache_dir: str | Path) -> str | None:
     """Find an address's file in the cache, under its name or one that follows the extension to the letter."""
-    # Strings and os.path: a sheet may name a million photos, and Path.is_file raises on an address too long for a file.
-    path = os.path.join(cache_dir, _cached_name(address))
-    if os.path.isfile(path):
+    path = f"{cache_dir}/{_cached_name(address)}"
+    if os.path.isfile(path):  # Path.is_file raises on an address too long for a file
         return path
     stem, extension = os.path.splitext(path)
-    for whole in (address.partition("?")[0], address):
-        to_the_letter = os.path.splitext(whole)[1]
-        if to_the_letter != extension and os.path.isfile(stem + to_the_letter):
-            return stem + to_the_letter
+    if "?" in address or not address.endswith(extension):
+        for whole in (address.partition("?")[0], address):
+            older = stem + os.path.splitext(whole)[1]
+            if older != path and os.path.isfile(older):
+                return older
     return None
 
 
@@ -197,7 +196,7 @@ def _find_photos(row: ProductRow, sheet_dir: str, cache_dir: str, missing_photos
         local = None if "://" in address else os.path.join(sheet_dir, address)
         found = local if local and os.path.isfile(local) else find_cached_photo(address, cache_dir)
         if found is None:
-            expected = os.path.join(cache_dir, _cached_name(address))
+            expected = f"{cache_dir}/{_cached_name(address)}"
             problems.append(f"photo missing: {column} {address} (expected as {expected})")
             if missing_photos == "placeholder":
                 photos[expected] = None

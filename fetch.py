@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from http.client import BadStatusLine
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
@@ -20,7 +21,7 @@ from loguru import logger
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HeaderParsingError, HTTPError
 from urllib3.util.retry import Retry
 
 from config import FetchOptions, SheetOptions
@@ -111,7 +112,8 @@ def remove_left_overs(cache_dir: Path) -> None:
 def make_session(options: FetchOptions) -> requests.Session:
     """Make a session that tries again with growing pauses, keeps no cookies and sends no credentials."""
     session = requests.Session()
-    session.headers = dict(_HEADERS)
+    session.headers.clear()
+    session.headers.update(_HEADERS)
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     session.auth = lambda request: request  # nor those of ~/.netrc
     retries = Retry(total=options.retries, backoff_factor=0.5, backoff_jitter=0.2, status_forcelist=_BUSY,
@@ -155,6 +157,8 @@ def _short(error: BaseException) -> str:
         if not isinstance(inner, BaseException):
             break
         error = inner
+    if isinstance(error, BadStatusLine | HeaderParsingError):
+        return "it did not answer in HTTP"
     text = str(error).rpartition(">: ")[2].rpartition("): ")[2]
     return (text or type(error).__name__)[:200]
 

@@ -80,6 +80,7 @@ _SIZE_LIKE = re.compile(rf"[0-9] ?(?:{_UNIT}|寸)|[0-9].*(?<![a-z])[mc]m(?![a-z]
                         re.DOTALL)
 _SIGNS = str.maketrans({"×": "x", "✕": "x", "✖": "x", "╳": "x", "″": '"', "”": '"', "“": '"', "–": "-", "−": "-",
                         "：": ":", "\r": "\n"})
+_BLANKS, _LINE_BREAKS = re.compile("[ \t\xa0]+"), re.compile(" ?\n[ \n]*")
 _FULL_WIDTH = re.compile("[\uff01\uff03-\uff3b\uff3d-\uff5e\u3000]+")  # without quote and backslash, JSON's own signs
 _FRACTION = re.compile("[¼-¾⅐-⅞]")
 _MIXED_FRACTION = re.compile("(?<![0-9.,/])([0-9]{0,6}+) ?([¼-¾⅐-⅞])(?![0-9¼-¾⅐-⅞])")
@@ -127,7 +128,7 @@ def parse_label(text: str | Sequence[float]) -> tuple[float, ...]:
 
 
 def _sizes_in(text: str) -> list[float]:
-    label = re.sub(r"[ \t\xa0]+", " ", fold(text).lower().translate(_SIGNS).replace("''", '"')).strip()
+    label = _BLANKS.sub(" ", fold(text).lower().translate(_SIGNS).replace("''", '"')).strip()
     if label in _MISSING:
         raise LabelError("it is missing", "missing")
     if label.startswith("{"):
@@ -135,7 +136,7 @@ def _sizes_in(text: str) -> list[float]:
     if len(label) > _LONGEST:
         raise LabelError(f"found {len(label)} characters, a description")
     try:
-        return _written_sizes(re.sub(r" ?\n[ \n]*", "\n", label))
+        return _written_sizes(_LINE_BREAKS.sub("\n", label))
     except LabelError as fault:
         if fault.verdict == "ambiguous" and not _SIZE_LIKE.search(label):
             fault.verdict = "no size"
@@ -220,7 +221,9 @@ def _units_of(own: list[str | None], outside: list[str], separators: list[str]) 
 
 def _numbers_of(written: list[str], units: list[str], separators: list[str], has_axes: bool) -> list[float]:
     """Convert numbers as written, judging their commas and fractions by one another."""
-    for number in written:
+    for number, unit in zip(written, units, strict=True):
+        if UNITS[unit] == _MM and re.fullmatch(r"[1-9][0-9]{0,2}\.[0-9]{3}", number):
+            raise LabelError(f"found {number!r} mm, whose point may separate thousands")
         if re.match("-?0[0-9]", number):
             raise LabelError(f"found {number!r}, a number that begins with 0")
         if number.startswith("-") and "space" in separators + ["" if len(written) > 1 else "single"]:

@@ -111,7 +111,8 @@ def test_labels_of_the_simple_forms_are_read_as_written(label, sizes):
 @pytest.mark.parametrize("label", [
     "12,8", "1,200", "[1,200, 800]", "12**8", "10寸", "12/8", "48*74cm*2", "12 inch x 8 x 15", "12x8 15", "12 8 15 9",
     "5 ft 3 in", "1 m 20 cm", "D10 x H17 cm", "长61 宽43 长86", "L 12 x 8 x 15", "12\n8\n15", "08 12", "12²", "1e2",
-    "60,80x120 cm", "12,5 cm", "1,500 x 2,000 m", "12 8 15/16 in", "12 x 8 x 11 l", "9cm -7cm", "半径10cm", "0-6m",
+    "60,80x120 cm", "1.200 x 800 mm", "12,5 cm", "1,500 x 2,000 m", "12 8 15/16 in", "12 x 8 x 11 l", "9cm -7cm",
+    "半径10cm", "0-6m",
     "12 x 8 in / 31.5 x 20.3 cm", "12 x 8 cm / 12 x 8 cm", "12 x 8 x 15 kg", "3 x 4 x 5 dm", "1.2.3", "D:30cm",
     "φ10 x φ12 cm", "12 x 8 cm (L x W x H)", "-12 x 8 - 3", "x" * 500,
     "12 kg", "12 8 15,", "[12 8 15)", "(120 x 80) (mm)", "12 cm mm", "12 x 8 x", "about 12", "5'", "cm", "{",
@@ -161,6 +162,8 @@ def render(chance, count):
     if form == "decimal comma":
         count = max(count, 2)
     unit = "mm" if form == "thousands" else chance.choice([unit for unit in UNITS if unit not in ("l", "″", "”")])
+    if form == "fraction" and UNITS[unit] == UNITS["mm"]:  # 0.625 mm looks like thousands
+        form = "plain"
     texts, sizes = [], []
     for _ in range(count):
         text, number = write_number(chance, round(chance.uniform(0.5, 900), 2), form)
