@@ -36,7 +36,8 @@ from data import (
 )
 from photos import examine_photos
 from prompts import build_prompt, read_template
-from sheet import header_number, read_table, write_table
+from sheet import header_number
+from table import read_table, write_table
 
 
 @dataclass

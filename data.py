@@ -19,7 +19,8 @@ from PIL import Image
 from config import MissingPhotos, SheetOptions
 from labels import LabelError, parse_label
 from photos import PhotoError, open_photos
-from sheet import DataError, ProductRow, read_sheet
+from sheet import ProductRow, read_sheet
+from table import DataError
 
 CONTRADICTION = 0.05  # labels of one product that differ by more on a side can't both be true
 _LARGEST_SIZE, _SMALLEST_SIZE = 10_000.0, 0.01  # cm; beyond 100 m or below 0.1 mm a label is wrong

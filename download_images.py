@@ -18,7 +18,7 @@ from loguru import logger
 from tqdm import tqdm
 
 from fetch import Fetched, fetch_all, missing_addresses
-from sheet import DataError, write_table
+from table import DataError, write_table
 
 
 def download(options: DownloadOptions) -> int:

@@ -12,7 +12,7 @@ from checks import leaks, look_at_photos, look_over, outliers, sizes_in_text
 from data import Sample, doubtful_labels, label_gap, load_samples, obey_bad_rows
 from labels import parse_label
 from photos import examine_photos, look_of
-from sheet import DataError, write_table
+from table import DataError, write_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT / "../shared/data"

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # From the ground floor up; a file imports only from files before it.
-FLOORS = ["config", "prompts", "labels", "reward", "photos", "sheet", "family", "data", "checks", "check_page", "fetch",
-          "replay_buffer", "remote_code", "family_minicpm_remote", "family_minicpm_v46", "family_qwen_vl",
+FLOORS = ["config", "prompts", "labels", "reward", "photos", "table", "sheet", "family", "data", "checks", "check_page",
+          "fetch", "replay_buffer", "remote_code", "family_minicpm_remote", "family_minicpm_v46", "family_qwen_vl",
           "shared_prefix", "lora", "models", "policy", "loss", "rollout", "evaluation", "report", "checkpoint", "demo",
           "check_data", "download_images", "export", "test_model", "run", "train_vlm_parallel"]
 
@@ -35,7 +35,8 @@ def test_imports_go_down_only(name):
 
 
 def test_the_ground_floor_knows_no_torch():
-    for name in ("config", "prompts", "labels", "reward", "photos", "sheet", "data", "checks", "check_page", "fetch"):
+    for name in ("config", "prompts", "labels", "reward", "photos", "table", "sheet", "data", "checks", "check_page",
+                 "fetch"):
         assert "torch" not in set(own_imports(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))))
 
 

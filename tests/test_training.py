@@ -22,7 +22,7 @@ from data import DataError
 from family import ModelError
 from loss import VLM_GRPOLoss
 from policy import _Rows
-from sheet import write_table
+from table import write_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
