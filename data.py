@@ -39,7 +39,7 @@ class Sample:
     text: str
     label: tuple[float, ...]  # 1 to 3 sizes in cm, or empty when the row has no label and needs none
     photos: tuple[str, ...]  # files that existed when the sheet was read, or will be placeholders
-    sheet: str  # file name of the sheet, for messages
+    sheet: str  # file name and, where one was named, worksheet; with the row it tells samples apart
     missing_photos: MissingPhotos = "drop_row"  # what to do when one of them turns out to be broken
     written_label: str = ""  # as it stands in the sheet
     category: str = ""
@@ -153,8 +153,10 @@ def read_rows(data_path: str | Path, image_cache_dir: str | Path, missing_photos
     if missing_photos not in get_args(MissingPhotos):
         raise ValueError(f"missing_photos is {missing_photos!r}; choose {', '.join(get_args(MissingPhotos))}")
     path, sheet_dir, cache_dir = Path(data_path), str(Path(data_path).parent), str(image_cache_dir)
+    reading = reading or SheetOptions()
+    sheet = f"{path.name} [{reading.sheet_name}]" if reading.sheet_name else path.name
     samples, problems = [], []
-    for row in read_sheet(path, reading or SheetOptions(), ("text", "label") if require_label else ("text",)):
+    for row in read_sheet(path, reading, ("text", "label") if require_label else ("text",)):
         product_id = row.sku_id or _identity(row)
         label, label_problems = _read_label(row.label, require_label)
         photos, photo_problems = _find_photos(row, sheet_dir, cache_dir, missing_photos)
@@ -167,7 +169,7 @@ def read_rows(data_path: str | Path, image_cache_dir: str | Path, missing_photos
         problems += [RowProblem(row.number, product_id, problem, used)
                      for problem in text_problems + label_problems + photo_problems]
         if used:
-            samples.append(Sample(row.number, product_id, row.text, label, photos, path.name, missing_photos,
+            samples.append(Sample(row.number, product_id, row.text, label, photos, sheet, missing_photos,
                                   row.label, row.category))
     return samples, problems
 

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,8 @@ def load_products(options: TrainOptions) -> tuple[list[Sample], list[Sample]]:
     samples = read_sheet(options.data_path, options, options)
     if options.eval_path:
         held_out = read_sheet(options.eval_path, options, held_out_sheet(options))
+        if samples[0].sheet == held_out[0].sheet:  # another folder's file of the same name
+            held_out = [replace(sample, sheet=options.eval_path) for sample in held_out]
         log_findings(options.eval_path, list(leaks(samples, held_out)))
         return samples, held_out
     training, held_out = split_held_out(samples, options.eval_fraction)

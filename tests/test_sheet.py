@@ -9,6 +9,7 @@ import pytest
 from loguru import logger
 
 from config import SheetOptions
+from data import load_samples
 from sheet import ProductRow, read_sheet
 from table import DataError, read_table, write_table
 
@@ -156,6 +157,8 @@ def test_worksheets_by_name(tmp_path, logged):
     assert [row.text for row in read(path)] == ["May"]
     assert any("worksheet 'May' is read; the others: June" in line for line in logged)
     assert [row.text for row in read(path, sheet_name="June")] == ["June"]
+    [sample] = load_samples(path, tmp_path, reading=SheetOptions(sheet_name="June"))[0]
+    assert (sample.sheet, sample.row) == ("data.xlsx [June]", 2)
     with pytest.raises(DataError, match="no worksheet 'July'. Its worksheets are: Notes, May, June"):
         read(path, sheet_name="July")
     with pytest.raises(DataError, match="--sheet_name May is for .xlsx"):

@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 import shared_prefix
 import train_vlm_parallel as training
 from checkpoint import list_checkpoints, options_of
-from config import OptionError, TrainOptions
+from config import CompareOptions, OptionError, TrainOptions
 from data import DataError
 from family import ModelError
 from loss import VLM_GRPOLoss
 from policy import _Rows
+from report import write_sheet
+from run import choose_samples
 from table import write_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +45,27 @@ def test_bad_rows_stop_a_run_before_weights_load(shop, tmp_path):
     options = train_options(shop, tmp_path, on_bad_row="stop", model_path=str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="2 rows can't be trained on, and --on_bad_row is stop. The first: row 10 "):
         training.train(options)
+
+
+def test_held_out_rows_are_told_apart_from_a_sheet_of_the_same_name(shop, tmp_path):
+    rows = [["text", "label"], ["box a", "1 8 15"], ["box b", "2 8 15"]]
+    for folder in ("train", "test"):
+        (tmp_path / folder).mkdir()
+        write_table(tmp_path / folder / "data.xlsx", rows)
+    options = train_options(shop, tmp_path, data_path=str(tmp_path / "train" / "data.xlsx"),
+                            eval_path=str(tmp_path / "test" / "data.xlsx"))
+    products, held_out = training.load_products(options)
+    assert not {(sample.sheet, sample.row) for sample in products} & {(s.sheet, s.row) for s in held_out}
+
+
+def test_run_finds_the_held_out_worksheet_of_the_same_workbook(tmp_path):
+    write_sheet(tmp_path / "data.xlsx", {name: [{"text": f"{name} {row}", "label": f"{row + 1} 2 3"}
+                                                for row in range(3)] for name in ("train", "test")})
+    path = str(tmp_path / "data.xlsx")
+    trained = TrainOptions(data_path=path, sheet_name="train", eval_path=path, eval_sheet_name="test")
+    for rows in ("test", "train"):
+        options = CompareOptions(checkpoint_path="x", rows="held_out" if rows == "test" else "all")
+        assert [sample.text for sample in choose_samples(options, trained)] == [f"{rows} {row}" for row in range(3)]
 
 
 def test_odd_rows_and_leaks_are_said_at_start(shop, tmp_path, said):
