@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 LARGEST_FILE = 64 * 2 ** 20  # bytes
 LARGEST_SIDE = 4096  # pixels; larger photos are scaled down, so that a product's photos fit in memory
+_MOST_PIXELS = 50_000_000  # to decode, of each worker; a JPEG is decoded at a size of about LARGEST_SIDE
 # Formats that Pillow reads by itself (JPEG stands for MPO too); others would start other programs or show no photo.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _WORKERS = 4
@@ -38,6 +39,8 @@ def open_photo(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")  # large photos are scaled down below; damaged tags are not needed
             with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as opened:
                 opened.draft(None, (LARGEST_SIDE, LARGEST_SIDE))  # a large JPEG is decoded small
+                if opened.width * opened.height > _MOST_PIXELS:
+                    raise PhotoError(f"it is too large: {opened.width} x {opened.height} pixels")
                 photo = ImageOps.exif_transpose(opened)
             return _as_rgb(photo)
     except PhotoError:

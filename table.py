@@ -11,6 +11,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def _read_workbook(path: Path, options: SheetOptions) -> Iterator[Row]:
             left = sheet.start[1] if sheet.start else 0
             merged: dict[int, dict[int, int]] = {}  # top row -> column -> last row of a cell merged downwards
             for (top, column), (bottom, _) in sheet.merged_cell_ranges or []:
-                if bottom > top:
+                if bottom > top and 0 <= column - left < sheet.width:
                     merged.setdefault(top, {})[column - left] = bottom
             above: dict[int, tuple[int, str]] = {}  # column -> last row and text of the merged cell it is in
             for index, values in enumerate(sheet.iter_rows()):
@@ -80,6 +81,12 @@ def _read_workbook(path: Path, options: SheetOptions) -> Iterator[Row]:
     except CalamineError as error:
         raise DataError(f"{path}: is no readable Excel workbook: {error}. Open it in a spreadsheet program and save it "
                         "again as .xlsx or .csv") from error
+
+
+@lru_cache(maxsize=1000)
+def _say(level: str, message: str) -> None:
+    """Log a message once, however often the table is read."""
+    logger.log(level, message)
 
 
 def _choose_sheet(path: Path, book: CalamineWorkbook, wanted: str | None) -> str:
@@ -95,7 +102,7 @@ def _choose_sheet(path: Path, book: CalamineWorkbook, wanted: str | None) -> str
     if not shown:
         raise DataError(f"{path}: holds no worksheet")
     if len(shown) > 1:
-        logger.info(f"{path}: worksheet {shown[0]!r} is read; the others: {', '.join(shown[1:])} (--sheet_name)")
+        _say("INFO", f"{path}: worksheet {shown[0]!r} is read; the others: {', '.join(shown[1:])} (--sheet_name)")
     return shown[0]
 
 
@@ -150,7 +157,7 @@ def _read_csv(path: Path, options: SheetOptions) -> Iterator[Row]:
 def _separator(path: Path, first_line: str) -> str:
     separator = max(",;\t", key=first_line.count)
     if separator != ",":
-        logger.info(f"{path}: its first line is cut at {separator!r}, so every line is")
+        _say("INFO", f"{path}: its first line is cut at {separator!r}, so every line is")
     return separator
 
 
@@ -183,8 +190,8 @@ def guess_encoding(path: Path) -> str:
         raise DataError(f"{path}: is not UTF-8 and in no encoding that could be guessed. Say it with --encoding, or "
                         "save the file as 'CSV UTF-8' or .xlsx")
     first_line = sample.splitlines()[0].decode(guess, "replace")[:80]
-    logger.warning(f"{path}: is not UTF-8; read as {guess}, which is a guess: its first line reads {first_line!r}. Say "
-                   "another with --encoding")
+    _say("WARNING", f"{path}: is not UTF-8; read as {guess}, which is a guess: its first line reads {first_line!r}. "
+                    "Say another with --encoding")
     return guess
 
 
@@ -210,15 +217,20 @@ def _json_lines(path: Path, options: SheetOptions) -> Iterator[tuple[int, dict[s
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
-                found = json.loads(line)
-                if not isinstance(found, dict):
-                    raise DataError(f"{path}: line {number} is no JSON object, such as {{\"text\": \"a mug\", "
-                                    "\"label\": \"12 8 15\"}}")
-                yield number, found
+                yield number, _json_object(path, number, line)
     except (UnicodeDecodeError, LookupError) as error:
         raise DataError(f"{path}: can't be read as {encoding} ({error}). Say its encoding with --encoding") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+
+
+def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:  # an integer may also be longer than Python converts
         raise DataError(f"{path}: line {number} is no JSON object: {error}. Each line must be one") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: line {number} is no JSON object, such as {{\"text\": \"a mug\", \"label\": "
+                        "\"12 8 15\"}")
+    return found
 
 
 def write_table(path: str | Path, rows: Iterable[Sequence[str]]) -> None:

@@ -205,6 +205,7 @@ def test_a_misspelt_photo_column_is_warned_of(tmp_path):
     ("odd.csv", b"text,label\n\x98\xff\x81\xff\x90,1 2 3\n", "in no encoding that could be guessed"),
     ("odd.jsonl", "{\"text\": \"杯子\"}\n".encode("gbk"), "can't be read as utf-8-sig"),
     ("list.jsonl", b'{"text": "a mug"}\n[1, 2]\n', "line 2 is no JSON object"),
+    ("long.jsonl", b'{"text": "a mug", "label": ' + b"1" * 5000 + b"}\n", "line 1 is no JSON object"),
     ("words.jsonl", b'{"text": "a mug"}\n\nmug\n', "line 3 is no JSON object"),
     ("ragged.csv", b"text,label\na mug, white,1 2 3\n", "line 2"),
     ("quote.csv", b'text,label\n"a mug,1 2 3\n', "no well-formed CSV"),

@@ -80,6 +80,7 @@ GOOD = {
     "colour_alpha_16.png": (lambda path: path.write_bytes(deep_png(6, [0, 0, 0, 0])), (8, 8), [WHITE, WHITE]),
     "one_bit.png": (lambda path: Image.new("1", (64, 32), 1).save(path), (64, 32), [WHITE, WHITE]),
     "wide.jpg": (lambda path: halves(size=(LARGEST_SIDE * 2, 64)).save(path), (LARGEST_SIDE, 32), [RED, BLUE]),
+    "vast.jpg": (lambda path: Image.new("L", (9000, 9000), 255).save(path), (4096, 4096), [WHITE, WHITE]),
     "tagged.tiff": (lambda path: halves("CMYK").save(path, compression="tiff_lzw"), (64, 32), [RED, BLUE]),
     "modern.avif": (lambda path: halves().save(path, quality=95), (64, 32), [RED, BLUE]),
 }
@@ -104,6 +105,7 @@ BAD = {
     "cut.png": (lambda path: cut(path, "PNG"), "it is truncated"),
     "cut.webp": (lambda path: cut(path, "WEBP"), "it is truncated"),
     "bomb.png": (lambda path: path.write_bytes(claims(60_000, 60_000)), "it is too large"),
+    "vast.png": (lambda path: path.write_bytes(claims(8000, 8000)), "it is too large: 8000 x 8000"),
     "script.jpg": (lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
                    "no photo in a known format"),
     "measured.tiff": (lambda path: Image.new("F", (8, 8), 0.5).save(path), "measurements"),

@@ -137,6 +137,8 @@ def test_a_table_away_from_the_corner_keeps_its_row_numbers(tmp_path):
         for place, value in {"C4": "text", "D4": "label", "C5": "mug", "D5": 12, "C8": 7.50, "D8": "0012"}.items():
             book.active[place] = value
         book.active.merge_cells("C5:C6")
+        book.active.merge_cells("A1:A9")  # to the left and right of the table
+        book.active.merge_cells("H1:J9")
         book.active["D6"] = "1 2"
 
     assert [(row.number, row.text, row.label) for row in read(book_of(tmp_path / "data.xlsx", fill))] == [
