@@ -6,6 +6,7 @@ allowed. What arrives is looked at: only a whole photo enters the cache.
 
 import ipaddress
 import os
+import re
 import socket
 import time
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from http.client import BadStatusLine
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -105,8 +107,18 @@ def remove_left_overs(cache_dir: Path) -> None:
     """Remove the unfinished files of runs that were killed."""
     for path in cache_dir.glob(f"*{_PARTIAL}"):
         process = path.name.removesuffix(_PARTIAL).rpartition(".")[2]
-        if not (process.isdigit() and os.path.exists(f"/proc/{process}")):
+        if not (process.isdigit() and _is_running(int(process))):
             path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def make_session(options: FetchOptions) -> requests.Session:
@@ -133,34 +145,31 @@ def fetch(session: requests.Session, address: str, cache_dir: Path, options: Fet
             _fetch_to(session, address, partial, options)
             partial.replace(cached_photo_path(address, cache_dir))
             return Fetched(address)
-        except (Interrupted, requests.ConnectionError, HTTPError) as error:
-            reason = _short(error)
-            if not isinstance(error, Interrupted):  # urllib3 has tried again already
-                break
+        except Interrupted as error:
+            reason = str(error)
             if attempt < options.retries:
                 time.sleep(min(0.5 * 2 ** attempt, 10))
-        except (Refused, requests.RequestException, UnicodeError) as error:
-            reason = _short(error)
-            break
+        except (Refused, UnicodeError) as error:
+            return Fetched(address, str(error))
+        except (requests.RequestException, HTTPError) as error:  # urllib3 has tried again already
+            return Fetched(address, _cause(error))
         except OSError as error:
-            reason = f"can't be written to {cache_dir}: {error.strerror or error}"
-            break
+            return Fetched(address, f"can't be written to {cache_dir}: {error.strerror or error}")
         finally:
             partial.unlink(missing_ok=True)
     return Fetched(address, reason)
 
 
-def _short(error: BaseException) -> str:
-    """Name the innermost cause, without the object that urllib3 prints before it."""
-    while not isinstance(error, Refused | Interrupted) and (inner := getattr(error, "reason", None) or next(
-            (part for part in error.args if isinstance(part, BaseException)), None)) and inner is not error:
-        if not isinstance(inner, BaseException):
-            break
+def _cause(error: BaseException) -> str:
+    """Name the innermost cause, without the connection that urllib3 prints before it."""
+    inner: Any = error
+    while isinstance(inner, BaseException):
         error = inner
+        inner = getattr(error, "reason", None) or next(
+            (part for part in error.args if isinstance(part, BaseException)), None)
     if isinstance(error, BadStatusLine | HeaderParsingError):
         return "it did not answer in HTTP"
-    text = str(error).rpartition(">: ")[2].rpartition("): ")[2]
-    return (text or type(error).__name__)[:200]
+    return re.sub(r"^\w+(?:Connection|Pool)\(.*?\): ", "", str(error))[:200] or type(error).__name__
 
 
 def _fetch_to(session: requests.Session, address: str, partial: Path, options: FetchOptions) -> None:
@@ -217,7 +226,7 @@ def _body(response: requests.Response, options: FetchOptions) -> Iterator[bytes]
         while chunk := response.raw.read1(_CHUNK, decode_content=True):
             yield chunk
     except HTTPError as error:
-        raise Interrupted(f"cut short: {_short(error)}") from error
+        raise Interrupted(f"cut short: {_cause(error)}") from error
 
 
 def check_address(address: str, allow_private: bool) -> None:
