@@ -102,14 +102,16 @@ def load_photos(sample: Sample) -> list[Image.Image]:
     PhotoError names sheet, row and file.
     """
     rule, photos = sample.missing_photos, []
-    for photo in open_photos(sample.photos):
+    for path, photo in open_photos(sample.photos):
         if isinstance(photo, Image.Image):
             photos.append(photo)
             continue
-        message = f"{sample.sheet} row {sample.row} ({sample.product_id}): {photo}"
+        message = (f"{sample.sheet} row {sample.row} ({sample.product_id}): photo {path} can't be used: {photo}. "
+                   "Replace or delete the file")
         if rule == "drop_row" or rule == "use_rest" and len(sample.photos) == 1:
             raise PhotoError(message)
-        _warn_once(message)
+        if os.path.isfile(path):  # that another one is missing was said when the sheet was read
+            _warn_once(message)
         if rule == "placeholder":
             photos.append(Image.new("RGB", _PLACEHOLDER, (128, 128, 128)))
     if sample.photos and not photos and rule == "use_rest":

@@ -90,8 +90,8 @@ def _as_rgb(photo: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo).convert("RGB")
 
 
-def open_photos(paths: Sequence[str | Path]) -> list[Image.Image | PhotoError]:
-    """Decode photos in worker threads, in order: a picture or the reason for each; equal files come once."""
+def open_photos(paths: Sequence[str | Path]) -> list[tuple[str | Path, Image.Image | PhotoError]]:
+    """Decode photos in worker threads, in order: path and picture, or the reason why not; equal files come once."""
     workers = _workers()
     distinct: dict[str, str | Path] = {}
     for path, content in zip(paths, workers.map(content_key, paths), strict=True):
@@ -99,11 +99,11 @@ def open_photos(paths: Sequence[str | Path]) -> list[Image.Image | PhotoError]:
     return list(workers.map(_picture_or_reason, distinct.values()))
 
 
-def _picture_or_reason(path: str | Path) -> Image.Image | PhotoError:
+def _picture_or_reason(path: str | Path) -> tuple[str | Path, Image.Image | PhotoError]:
     try:
-        return open_photo(path)
+        return path, open_photo(path)
     except PhotoError as problem:
-        return PhotoError(f"photo {path} can't be used: {problem}. Replace or delete the file")
+        return path, problem
 
 
 def content_key(path: str | Path) -> str:

@@ -5,13 +5,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
-from loguru import logger
-
 from config import SheetOptions
-from table import DataError, Row, has_formulas_without_value, read_table
+from table import DataError, Row, has_formulas_without_value, read_table, say_once
 
 FIELDS = ("text", "label", "sku_id", "category")
 _PHOTO_COLUMN = re.compile(r"sku_img|spu_img_[0-9]+")
@@ -51,8 +49,8 @@ def read_sheet(path: str | Path, options: SheetOptions, required: Sequence[str])
         unfilled = unfilled or not product.text or not product.label
         yield product
     if unfilled and path.suffix.lower() == ".xlsx" and has_formulas_without_value(path):
-        logger.warning(f"{path}: it holds formulas whose values are not stored, and such cells read as empty: open it "
-                       "in a spreadsheet program and save it again")
+        say_once("WARNING", f"{path}: it holds formulas whose values are not stored, and such cells read as empty: "
+                            "open it in a spreadsheet program and save it again")
 
 
 def header_number(path: str | Path, options: SheetOptions, required: Sequence[str]) -> int:
@@ -64,7 +62,7 @@ def _find_header(path: Path, options: SheetOptions, required: Sequence[str]
                  ) -> tuple[Iterable[Row], int, list[str], dict[str, list[str]]]:
     """Take the first of the upper rows that names every required column; title rows above it are passed over."""
     rows = read_table(path, options)
-    upper = [row for _, row in zip(range(_TITLE_ROWS), rows, strict=False)]
+    upper = list(islice(rows, _TITLE_ROWS))
     if not upper:
         raise DataError(f"{path}: is empty. Its first row must name the columns: sku_id, text, label, "
                         "sku_img, spu_img_1, ...")
@@ -112,8 +110,8 @@ def _find_columns(path: Path, header: list[str], mapping: dict[str, list[str]], 
                             f"say which column it is: --column {field}=NAME")
     for name in others:
         if difflib.get_close_matches(name, ("sku_img", "spu_img_1"), n=1, cutoff=0.8):
-            logger.warning(f"{path}: the column {name!r} is not read; photo columns are sku_img, spu_img_1, spu_img_2, "
-                           f"..., or name it: --column photo={name}")
+            say_once("WARNING", f"{path}: the column {name!r} is not read; photo columns are sku_img, spu_img_1, "
+                                f"spu_img_2, ..., or name it: --column photo={name}")
     return columns
 
 
@@ -122,6 +120,6 @@ def _addresses(cell: str) -> list[str]:
     if cell.startswith("["):
         try:
             return [str(address).strip() for address in json.loads(cell) if address]
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     return [cell] if cell else []

@@ -84,7 +84,7 @@ def _read_workbook(path: Path, options: SheetOptions) -> Iterator[Row]:
 
 
 @lru_cache(maxsize=1000)
-def _say(level: str, message: str) -> None:
+def say_once(level: str, message: str) -> None:
     """Log a message once, however often the table is read."""
     logger.log(level, message)
 
@@ -102,7 +102,7 @@ def _choose_sheet(path: Path, book: CalamineWorkbook, wanted: str | None) -> str
     if not shown:
         raise DataError(f"{path}: holds no worksheet")
     if len(shown) > 1:
-        _say("INFO", f"{path}: worksheet {shown[0]!r} is read; the others: {', '.join(shown[1:])} (--sheet_name)")
+        say_once("INFO", f"{path}: worksheet {shown[0]!r} is read; the others: {', '.join(shown[1:])} (--sheet_name)")
     return shown[0]
 
 
@@ -157,7 +157,7 @@ def _read_csv(path: Path, options: SheetOptions) -> Iterator[Row]:
 def _separator(path: Path, first_line: str) -> str:
     separator = max(",;\t", key=first_line.count)
     if separator != ",":
-        _say("INFO", f"{path}: its first line is cut at {separator!r}, so every line is")
+        say_once("INFO", f"{path}: its first line is cut at {separator!r}, so every line is")
     return separator
 
 
@@ -190,8 +190,8 @@ def guess_encoding(path: Path) -> str:
         raise DataError(f"{path}: is not UTF-8 and in no encoding that could be guessed. Say it with --encoding, or "
                         "save the file as 'CSV UTF-8' or .xlsx")
     first_line = sample.splitlines()[0].decode(guess, "replace")[:80]
-    _say("WARNING", f"{path}: is not UTF-8; read as {guess}, which is a guess: its first line reads {first_line!r}. "
-                    "Say another with --encoding")
+    say_once("WARNING", f"{path}: is not UTF-8; read as {guess}, which is a guess: its first line reads "
+                        f"{first_line!r}. Say another with --encoding")
     return guess
 
 

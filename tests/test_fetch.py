@@ -140,6 +140,15 @@ class Shop(BaseHTTPRequestHandler):
     def on_zipped(self, _):
         self.send(gzip.compress(PHOTO), Content_Encoding="gzip")
 
+    def on_chunked(self, _):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for start in range(0, len(PHOTO), 20):
+            piece = PHOTO[start:start + 20]
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        self.wfile.write(b"0\r\n\r\n")
+
     def on_to_private(self, _):
         self.redirect(f"http://127.0.0.2:{self.server.server_port}/secret.png")
 
@@ -188,8 +197,9 @@ def get(shop, tmp_path, *paths, **options):
 
 
 def test_what_ends_well(shop, tmp_path):
-    paths = ["/photo.png", "/chain/4", "/busy/a.png", "/failing/a.png", "/cut/once", "/zipped", "/杯子 1.png",
-             "/%E6%9D%AF%20.v=1601398380000", "/a.jpg?x-oss-process=image/resize,w_500", "/none"]
+    paths = ["/photo.png", "/chain/4", "/busy/a.png", "/failing/a.png", "/cut/once", "/zipped", "/chunked",
+             "/杯子 1.png", "/%E6%9D%AF%20.v=1601398380000", "/a.jpg?x-oss-process=image/resize,w_500", "/none",
+             "/100%/a b#c.png"]
     begin = time.monotonic()
     assert set(get(shop, tmp_path, *paths).values()) == {""}
     assert time.monotonic() - begin >= 1  # the busy one asked to wait a second

@@ -112,6 +112,8 @@ def test_jsonl_numbers_lists_and_objects(tmp_path):
     assert [(row.number, row.sku_id, row.label) for row in rows] == [
         (1, "007", '{"length": 12, "width": 8, "unit": "cm"}'), (3, "", "[12, 8.5]")]
     assert rows[1].photos == (("sku_img", "a.jpg"), ("sku_img", "b.jpg"))
+    [row] = read(csv_of(tmp_path, "text,label,sku_img\nmug,1," + "[" * 100_000))
+    assert len(row.photos) == 1
 
 
 def fill_merged(book):
