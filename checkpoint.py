@@ -121,9 +121,9 @@ def find_resume(options: TrainOptions) -> Path | None:
 
 # Options that a resumed run may change freely; any other difference means other steps than without the stop.
 _FREE = {"gpu_ids", "sharding", "gradient_checkpointing", "checkpoint_path", "trust_remote_code", "device",
-         "num_threads", "image_cache_dir", "rollout_batch_size",
-         "prompt_cache_mb", "micro_batch_size", "max_bad_steps", "output_dir", "log_dir", "save_every", "keep_last",
-         "eval_every", "eval_samples", "resume", "overwrite_output_dir", "prompt_file"}
+         "num_threads", "image_cache_dir", "download_missing", "on_bad_row", "rollout_batch_size", "prompt_cache_mb",
+         "micro_batch_size", "max_bad_steps", "output_dir", "log_dir", "save_every", "keep_last", "eval_every",
+         "eval_samples", "resume", "overwrite_output_dir", "prompt_file"}
 
 
 def read_state(path: Path, options: TrainOptions) -> dict[str, Any]:
