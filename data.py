@@ -1,7 +1,8 @@
 """The sheet: rows of text, label and photo addresses become samples, and every row that can't is named.
 
 A sheet is .xlsx (its first worksheet) or .csv in UTF-8. Its first row names the columns: `text`, `label`, optionally
-`sku_id`, `sku_img` and `spu_img_1` to `spu_img_4`. Photos are read from a cache folder (see `cached_photo_path`).
+`sku_id`, `category`, `sku_img` and `spu_img_1` to `spu_img_4`. Photos are read from a cache folder (see
+`cached_photo_path`).
 """
 
 import difflib
@@ -24,7 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from reward import LabelError, parse_label
 
 PHOTO_COLUMNS = ("sku_img", "spu_img_1", "spu_img_2", "spu_img_3", "spu_img_4")
-_COLUMNS = ("sku_id", "text", "label", *PHOTO_COLUMNS)
+_COLUMNS = ("sku_id", "text", "label", "category", *PHOTO_COLUMNS)
 MissingPhotos = Literal["use_rest", "drop_row", "text_only"]
 
 # What openpyxl and the zip layer under it raise for a file that is damaged or no workbook at all.
@@ -52,6 +53,7 @@ class Sample:
     label: tuple[float, ...]  # 1 to 3 sizes in cm, or empty when the row has no label and needs none
     photos: tuple[Path, ...]  # files that existed when the sheet was read
     sheet: str  # file name of the sheet, for messages
+    category: str = ""  # reports group products by it; nothing else reads it
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def load_samples(data_path: str | Path, image_cache_dir: str | Path, missing_pho
     if missing_photos not in ("use_rest", "drop_row", "text_only"):
         raise ValueError(f"missing_photos is {missing_photos!r}; choose use_rest, drop_row or text_only")
     path = Path(data_path)
-    columns, rows = _read_sheet(path)
+    columns, rows = read_table(path)
     _check_columns(path, columns, ("text", "label") if require_label else ("text",))
 
     samples, problems = [], []
@@ -131,11 +133,12 @@ def load_samples(data_path: str | Path, image_cache_dir: str | Path, missing_pho
         problems += [RowProblem(number, product_id, problem, used)
                      for problem in text_problems + label_problems + photo_problems]
         if used:
-            samples.append(Sample(number, product_id, row["text"], label, photos, path.name))
+            samples.append(Sample(number, product_id, row["text"], label, photos, path.name,
+                                  row.get("category", "")))
     return samples, problems
 
 
-def _read_sheet(path: Path) -> tuple[list[str], list[list[str]]]:
+def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
     """Return the header and all rows below it, blank ones included, as strings without outer blanks."""
     # No header for pandas, and no cell that means "not a number": its own rules rename columns that come twice, and
     # would turn the label "N/A" into a missing one.

@@ -96,13 +96,17 @@ class Reading:
 
 @dataclass(frozen=True)
 class RewardParts:
-    """A reward and what it is made of: sizes in cm, descending; one error per label dimension, largest first."""
+    """A reward and what it is made of: sizes in cm, descending; one error per label dimension, largest first.
+
+    named: the parts of a reward of the user's own, weighted; their sum is then the reward.
+    """
 
     reward: float
     sizes: tuple[float, ...]
     errors: tuple[float, ...]
     valid: bool
     reason: str
+    named: tuple[tuple[str, float], ...] = ()
 
 
 def calculate_reward(answer: str, sample_label: str | Sequence[float]) -> float:

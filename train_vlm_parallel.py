@@ -45,6 +45,7 @@ from family import ModelError
 from lora import is_adapter, rank_of
 from loss import VLM_GRPOLoss, group_advantages
 from models import DTYPES, choose_device, freeze, load_minicpm, load_weights
+from own_reward import Scorer
 from policy import Policy, load_policy, parameter_table, set_trainable, warn_without_gradient
 from prompts import read_template
 from replay_buffer import Experience, ReplayBuffer, join_experiences, make_experience
@@ -67,6 +68,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     objective: VLM_GRPOLoss
     encoder: PromptEncoder
+    scorer: Scorer
     writer: SummaryWriter
     products: list[Sample]
     held_out: list[Sample]
@@ -88,6 +90,7 @@ def train(options: TrainOptions) -> Path | None:
         with timed(seconds, "rollout"):
             groups, failures = rollout_groups(run.encoder, products, options.group_size, options.temperature,
                                               options.max_length, f"{options.seed}/{step}", options.rollout_batch_size)
+            run.scorer.rescore(groups)
         with timed(seconds, "reference"):
             buffer = fill_buffer(groups, run, options)
         with timed(seconds, "update"):
@@ -122,6 +125,8 @@ def prepare(options: TrainOptions) -> Run:
         torch.set_num_threads(options.num_threads)
     torch.manual_seed(options.seed)
     products, held_out = load_products(options)
+    scorer = Scorer(options.reward)
+    logger.info(scorer.check(products[0]))
     resume_from = find_resume(options)
     policy, reference, shares_vision = load_models(options, resume_from)
     parameters = set_trainable(policy, options.train_vision)
@@ -141,8 +146,8 @@ def prepare(options: TrainOptions) -> Run:
     write_options(options, Path(options.output_dir) / "options.yaml")
     writer = SummaryWriter(options.log_dir, purge_step=start + 1 if resume_from else 0)
     writer.add_text("options", "\n".join(f"    {name}: {value}" for name, value in asdict(options).items()), start)
-    run = Run(policy, reference, shares_vision, parameters, optimizer, objective, encoder, writer, products, held_out,
-              start, bad_steps, resume_from)
+    run = Run(policy, reference, shares_vision, parameters, optimizer, objective, encoder, scorer, writer, products,
+              held_out, start, bad_steps, resume_from)
     if not options.exact_path:
         check_shared_prefix(run, options)
     if options.eval_every and held_out and not resume_from:
@@ -399,7 +404,7 @@ def log_step(writer: SummaryWriter, step: int, steps: int, metrics: dict[str, fl
 def log_evaluation(run: Run, options: TrainOptions, step: int) -> None:
     """Answer the held-out products at the training temperature and log how good the answers are."""
     records, failures = evaluate(run.encoder, run.held_out, options.eval_samples, options.temperature,
-                                 options.max_length, options.seed, options.rollout_batch_size)
+                                 options.max_length, options.seed, options.rollout_batch_size, run.scorer)
     for failure in failures:
         logger.warning(f"held-out: {failure}")
     summary = summarise(records)

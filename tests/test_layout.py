@@ -9,9 +9,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # From the ground floor up; a file imports only from files before it.
-FLOORS = ["config", "prompts", "reward", "family", "data", "replay_buffer", "remote_code", "family_minicpm_remote",
-          "family_minicpm_v46", "family_qwen_vl", "shared_prefix", "lora", "models", "policy", "loss", "rollout",
-          "evaluation", "report", "checkpoint", "demo", "export", "test_model", "run", "train_vlm_parallel"]
+FLOORS = ["config", "prompts", "reward", "family", "data", "own_reward", "measures", "journal", "replay_buffer",
+          "remote_code", "family_minicpm_remote", "family_minicpm_v46", "family_qwen_vl", "shared_prefix", "lora",
+          "models", "policy", "loss", "rollout", "evaluation", "comparison", "report", "charts", "page", "checkpoint",
+          "demo", "export", "test_model", "run", "train_vlm_parallel"]
 
 
 def own_imports(tree):
@@ -34,7 +35,7 @@ def test_imports_go_down_only(name):
 
 
 def test_the_ground_floor_knows_no_torch():
-    for name in ("config", "prompts", "reward", "data"):
+    for name in ("config", "prompts", "reward", "data", "own_reward", "measures"):
         assert "torch" not in set(own_imports(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))))
 
 
@@ -53,7 +54,8 @@ def test_no_blanket_except():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ExceptHandler):
                 caught = "" if node.type is None else ast.unparse(node.type)
-                assert caught not in ("", "Exception", "BaseException"), f"{path.name}:{node.lineno}"
+                allowed = path.name == "own_reward.py"  # it runs a user's code, which may raise anything
+                assert allowed or caught not in ("", "Exception", "BaseException"), f"{path.name}:{node.lineno}"
 
 
 def code_blocks(name):
