@@ -258,6 +258,42 @@ class AnswerOptions:
 
 
 @dataclass
+class DoctorOptions:
+    """What to explain"""
+
+    answer: str | None = field(default=None, metadata={"help": "an answer as a model gives it", "positional": True})
+    label: str | None = option(None, "the true size that goes with it")
+    text: str = option("", "the product's text, for a reward of your own that reads it")
+    reward: list[str] = field(default_factory=list, metadata={"help": REWARD})
+    data_path: str | None = option(None, "a sheet instead of one answer: answers its products in groups")
+    model_path: str = option("", "the model that answers: a folder, hub name or checkpoint")
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
+    image_cache_dir: str | None = option(None, "folder with the sheet's photos; default: as in training")
+    prompt_language: Literal["zh", "en"] | None = option(None, "wording of the prompt; default: as in training")
+    prompt_file: str | None = option(None, "your own wording; default: as in training")
+    group_size: int = option(12, "answers a product")
+    temperature: float | None = option(None, "sampling temperature; default: that of training")
+    max_length: int | None = option(None, "new tokens of an answer at most; default: as in training")
+    max_products: int | None = option(64, "look at the first so many products only")
+    eval_batch_size: int = option(8, "products answered together")
+    seed: int = option(0, "seed of the sampled answers")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
+    num_threads: int | None = option(None, "CPU threads for torch")
+
+    def check(self) -> None:
+        """Refuse values and combinations that can't work; raises OptionError naming the option."""
+        check_ranges(self, _RANGES)
+        check_prompt_file(self.prompt_file)
+        check_rewards(self.reward)
+        if (self.answer is None) == (self.data_path is None):
+            raise OptionError("give either an answer with its --label, or a --data_path with a --model_path")
+        if self.answer is not None and self.label is None:
+            raise OptionError("--label is missing: give the true size that goes with the answer")
+        if self.data_path is not None and not self.model_path:
+            raise OptionError("--model_path is missing: give the model that is to answer the sheet")
+
+
+@dataclass
 class ExportOptions:
     """What to merge"""
 
@@ -401,7 +437,10 @@ def parse_options(options_class: type[T], description: str, argv: Sequence[str] 
         group = parser.add_argument_group(group_class.__doc__)
         for item in own:
             declared.add(item.name)
-            group.add_argument(f"--{item.name}", help=item.metadata["help"], **_argument_kind(item))
+            if item.metadata.get("positional"):
+                group.add_argument(item.name, help=item.metadata["help"], nargs="?", type=item.type)
+            else:
+                group.add_argument(f"--{item.name}", help=item.metadata["help"], **_argument_kind(item))
     namespace = parser.parse_args(argv)
     options = options_class(**_with_tuples(options_class, {name: value for name, value in vars(namespace).items()
                                                            if name in declared}))

@@ -11,7 +11,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Real
 from typing import Any
@@ -88,6 +88,7 @@ class Reading:
 
     sizes: tuple[float | None, ...]
     reason: str = ""
+    units: tuple[str, ...] = field(default=(), compare=False)  # as found, or cm where none is stated
 
     @property
     def valid(self) -> bool:
@@ -142,7 +143,8 @@ def read_answer(answer: str) -> Reading:
         if _unit_name(unit) not in _UNITS:
             return Reading((), f"the unit {_unit_name(unit)[:40]!r} is not a known unit of length")
     sizes = tuple(None if number is None else _to_cm(number, _unit_name(unit)) for number, unit in slots)
-    return Reading(sizes, "" if any(size is not None for size in sizes) else "the answer holds no readable size")
+    return Reading(sizes, "" if any(size is not None for size in sizes) else "the answer holds no readable size",
+                   tuple(_unit_name(unit) for _, unit in slots))
 
 
 def _find_object(text: str) -> tuple[tuple | None, bool]:
@@ -365,3 +367,11 @@ def _is_negative(text: str, start: int) -> bool:
     """Tell the sign of -8 from the separator of 12-8-15 and 12cm-8cm."""
     before, sign = text[max(start - 2, 0):start - 1], text[max(start - 1, 0):start]
     return sign in ("-", "−") and not (before.isalnum() or before in ('"', "″", "”", ")", "]"))
+
+
+if __name__ == "__main__":
+    import sys
+
+    from doctor import main
+
+    sys.exit(main(sys.argv[1:]))
