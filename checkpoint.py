@@ -5,6 +5,7 @@ options.yaml and, for --resume, trainer_state.pt beside the weights. With --lora
 the weights, as peft writes it.
 """
 
+import json
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from policy import Policy, load_policy
 OPTIONS_FILE = "options.yaml"
 STATE_FILE = "trainer_state.pt"
 PROMPT_FILE = "prompt.txt"
+BEST, BEST_FILE = "best", "best.json"
 _REWARD_FILE = "own_reward_{}.py"
 _NAME = re.compile(r"step_(\d+)$")
 
@@ -51,6 +53,27 @@ def save_model(policy: Policy, options: TrainOptions, base_path: str, folder: Pa
     for number, spec in enumerate(options.reward, start=1):
         if file := split_reward(spec)[0]:
             shutil.copyfile(file, folder / _REWARD_FILE.format(number))
+
+
+def keep_best(policy: Policy, options: TrainOptions, step: int, reward: float) -> bool:
+    """Keep these weights in output_dir/best if their held-out mean reward is the best so far.
+
+    Returns whether the run should stop: no better one for stop_after evaluations.
+    """
+    best = read_best(options.output_dir)
+    if best is None or reward > best["mean_reward"]:
+        best = {"step": step, "mean_reward": reward}
+        if options.save_best:
+            with whole_folder(Path(options.output_dir) / BEST) as folder:
+                save_model(policy, options, options.model_path, folder)
+                (folder / BEST_FILE).write_text(json.dumps(best), encoding="utf-8")
+    return 0 < options.stop_after * options.eval_every <= step - best["step"]
+
+
+def read_best(output_dir: str) -> dict[str, Any] | None:
+    """The step and held-out mean reward of output_dir/best; None when there is none."""
+    path = Path(output_dir) / BEST / BEST_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 @contextmanager
@@ -107,13 +130,14 @@ def find_resume(options: TrainOptions) -> Path | None:
             raise OptionError(f"--output_dir {options.output_dir} holds {len(earlier)} checkpoints of an earlier run: "
                               "go on from them with --resume auto, name another folder, or throw them away with "
                               "--overwrite_output_dir")
-        for path in earlier:
-            shutil.rmtree(path)
+        for path in (*earlier, Path(options.output_dir) / BEST):
+            shutil.rmtree(path, ignore_errors=True)
         return None
     if options.resume == "auto":
         found = list_checkpoints(Path(options.output_dir))
         if not found:
             logger.info(f"--resume auto: no checkpoint in {options.output_dir} yet, starting from the beginning")
+            shutil.rmtree(Path(options.output_dir) / BEST, ignore_errors=True)  # of the start that was cut off
         return found[-1] if found else None
     path = Path(options.resume)
     if not (path / STATE_FILE).is_file():
@@ -124,7 +148,8 @@ def find_resume(options: TrainOptions) -> Path | None:
 # Options that a resumed run may change freely; any other difference means other steps than without the stop.
 _FREE = {"checkpoint_path", "trust_remote_code", "device", "num_threads", "image_cache_dir", "rollout_batch_size",
          "prompt_cache_mb", "micro_batch_size", "max_bad_steps", "output_dir", "log_dir", "save_every", "keep_last",
-         "eval_every", "eval_samples", "resume", "overwrite_output_dir", "prompt_file"}
+         "eval_every", "eval_samples", "show_every", "save_best", "stop_after", "resume", "overwrite_output_dir",
+         "prompt_file"}
 
 
 def read_state(path: Path, options: TrainOptions) -> dict[str, Any]:

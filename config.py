@@ -137,7 +137,11 @@ class RunOptions:
     save_every: int = option(100, "steps between checkpoints; the last step is always saved")
     keep_last: int = option(3, "checkpoints kept, the newest; 0 keeps all")
     eval_every: int = option(100, "steps between evaluations on held-out products; 0 for none")
+    show_every: int = option(50, "steps between tables of candidates in TensorBoard; 0 for none")
     eval_samples: int = option(1, "answers sampled a held-out product at each evaluation")
+    save_best: bool = option(True, "keep the checkpoint with the best held-out mean reward in output_dir/best")
+    stop_after: int = option(0, "stop after so many evaluations in a row without a better held-out mean reward; 0: go "
+                                "on to max_steps")
     seed: int = option(0, "seed of the data order and of every sampled token")
     resume: str | None = option(None, "auto: go on from the newest checkpoint in output_dir; or a checkpoint folder")
 
@@ -164,6 +168,10 @@ class TrainOptions(RunOptions, OptimizerOptions, LossOptions, RolloutOptions, Da
         if self.warmup_steps > self.max_steps:
             raise OptionError(f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}")
         self.check_lora()
+        if self.stop_after and not self.eval_every:
+            raise OptionError(f"--stop_after {self.stop_after} needs evaluations: give --eval_every")
+        if self.stop_after and not self.save_best:
+            raise OptionError(f"--stop_after {self.stop_after} without --save_best would throw the best weights away")
         if self.resume and self.overwrite_output_dir:
             raise OptionError("--resume and --overwrite_output_dir contradict each other: take one")
         check_data_path(self.data_path)
@@ -338,8 +346,8 @@ _POSITIVE = ("group_size", "batch_size", "max_length", "temperature", "rollout_b
              "eval_samples", "num_samples", "num_products", "eval_batch_size", "max_products", "num_threads",
              "max_slice_nums", "max_pixels", "max_prompt_length", "lora_rank", "lora_alpha", "products", "held_out",
              "warm_up_steps")
-_NOT_NEGATIVE = ("kl_weight", "std_floor", "warmup_steps", "weight_decay", "keep_last", "eval_every", "seed",
-                 "prompt_cache_mb")
+_NOT_NEGATIVE = ("kl_weight", "std_floor", "warmup_steps", "weight_decay", "keep_last", "eval_every", "show_every",
+                 "seed", "prompt_cache_mb", "stop_after")
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{name: (lambda value: value > 0, "must be above 0") for name in _POSITIVE},
     **{name: (lambda value: value >= 0, "must be 0 or more") for name in _NOT_NEGATIVE},

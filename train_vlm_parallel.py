@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 import torch
 from loguru import logger
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import find_resume, read_state, save_checkpoint
+from checkpoint import find_resume, keep_best, read_best, read_state, save_checkpoint
+from curves import Curves, log_groups, log_held_out
 from data import (
     DataError,
     Sample,
@@ -48,6 +48,7 @@ from models import DTYPES, choose_device, freeze, load_minicpm, load_weights
 from own_reward import Scorer
 from policy import Policy, load_policy, parameter_table, set_trainable, warn_without_gradient
 from prompts import read_template
+from provenance import write_start, write_summary
 from replay_buffer import Experience, ReplayBuffer, join_experiences, make_experience
 from reward import SUCCESS_REWARD
 from rollout import Group, PromptEncoder, rollout_groups
@@ -69,7 +70,7 @@ class Run:
     objective: VLM_GRPOLoss
     encoder: PromptEncoder
     scorer: Scorer
-    writer: SummaryWriter
+    writer: Curves
     products: list[Sample]
     held_out: list[Sample]
     start: int = 0  # steps done before this process
@@ -98,25 +99,37 @@ def train(options: TrainOptions) -> Path | None:
             metrics = update(run, buffer, options, step)
         run.bad_steps = run.bad_steps + 1 if metrics["skipped_minibatches"] or not groups else 0
         log_step(run.writer, step + 1, options.max_steps, metrics | describe(groups, failures) | {"lr": rate}, seconds)
+        log_groups(run.writer, groups, buffer.items, options, step + 1)
         bar.update(options.batch_size)
-        finish_step(run, options, step + 1)
+        if finish_step(run, options, step + 1):
+            break
     bar.close()
     run.writer.close()
-    logger.info(f"done: {run.last_saved}; curves: tensorboard --logdir {options.log_dir}")
+    best = read_best(options.output_dir)
+    best_said = f", the best held-out reward at step {best['step']}" if best else ""
+    write_summary(options.output_dir, last_checkpoint=str(run.last_saved), best=best, done=True)
+    logger.info(f"done: {run.last_saved}{best_said}; curves: tensorboard --logdir {options.log_dir}")
     return run.last_saved
 
 
-def finish_step(run: Run, options: TrainOptions, step: int) -> None:
-    """After `step` steps: evaluate and save when it is time; stop a run that has gone bad."""
-    last = step == options.max_steps
+def finish_step(run: Run, options: TrainOptions, step: int) -> bool:
+    """After `step` steps: evaluate and save when it is time; returns whether the run should end early.
+
+    Stops a run that has gone bad.
+    """
+    last, stop = step == options.max_steps, False
     if run.bad_steps >= options.max_bad_steps:
         raise BadRun(f"{run.bad_steps} steps in a row gave nothing to learn from (see the warnings above): stopped at "
                      f"step {step}; the last checkpoint is {run.last_saved}")
     if options.eval_every and run.held_out and (step % options.eval_every == 0 or last):
-        log_evaluation(run, options, step)
+        summary = log_evaluation(run, options, step)
+        if summary and keep_best(run.policy, options, step, summary["mean_reward"]):
+            logger.info(f"stopping at step {step}: no better held-out reward for {options.stop_after} evaluations")
+            last = stop = True
     if step % options.save_every == 0 or last:
         state = {"step": step, "bad_steps": run.bad_steps, "optimizer": run.optimizer.state_dict()}
         run.last_saved = save_checkpoint(run.policy, options, step, state)
+    return stop
 
 
 def prepare(options: TrainOptions) -> Run:
@@ -144,8 +157,9 @@ def prepare(options: TrainOptions) -> Run:
         logger.info(f"resuming from {resume_from} at step {start} of {options.max_steps}"
                     + (": nothing left to do" if start >= options.max_steps else ""))
     write_options(options, Path(options.output_dir) / "options.yaml")
-    writer = SummaryWriter(options.log_dir, purge_step=start + 1 if resume_from else 0)
-    writer.add_text("options", "\n".join(f"    {name}: {value}" for name, value in asdict(options).items()), start)
+    write_start(options, products, held_out, start)
+    writer = Curves(options.log_dir, purge_step=start + 1 if resume_from else 0)
+    writer.log_options(options, start)
     run = Run(policy, reference, shares_vision, parameters, optimizer, objective, encoder, scorer, writer, products,
               held_out, start, bad_steps, resume_from)
     if not options.exact_path:
@@ -385,7 +399,7 @@ def describe(groups: Sequence[Group], failures: Sequence[Any]) -> dict[str, floa
     }
 
 
-def log_step(writer: SummaryWriter, step: int, steps: int, metrics: dict[str, float], seconds: dict[str, float]
+def log_step(writer: Curves, step: int, steps: int, metrics: dict[str, float], seconds: dict[str, float]
              ) -> None:
     """One line on the console and in train.log, one point a curve in TensorBoard."""
     for name, value in metrics.items():
@@ -401,18 +415,21 @@ def log_step(writer: SummaryWriter, step: int, steps: int, metrics: dict[str, fl
     logger.info(" | ".join([*said, f"{sum(seconds.values()):.2f} s"]))
 
 
-def log_evaluation(run: Run, options: TrainOptions, step: int) -> None:
-    """Answer the held-out products at the training temperature and log how good the answers are."""
+def log_evaluation(run: Run, options: TrainOptions, step: int) -> dict[str, float]:
+    """Answer the held-out products at the training temperature, log how good the answers are and return it."""
     records, failures = evaluate(run.encoder, run.held_out, options.eval_samples, options.temperature,
                                  options.max_length, options.seed, options.rollout_batch_size, run.scorer)
     for failure in failures:
         logger.warning(f"held-out: {failure}")
+    log_held_out(run.writer, run.encoder, run.held_out, options, run.scorer, step)
     summary = summarise(records)
     for name, value in summary.items():
         run.writer.add_scalar(f"held_out/{name}", value, step)
     if summary:
         logger.info(f"held-out after step {step}: reward {summary['mean_reward']:.3f} | >=0.9 "
                     f"{summary['success_rate']:.0%} | zero {summary['zero_rate']:.1%} | {summary['products']} products")
+    write_summary(options.output_dir, step=step, held_out=summary)
+    return summary
 
 
 @contextmanager

@@ -9,10 +9,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # From the ground floor up; a file imports only from files before it.
-FLOORS = ["config", "prompts", "reward", "family", "data", "own_reward", "measures", "journal", "replay_buffer",
-          "remote_code", "family_minicpm_remote", "family_minicpm_v46", "family_qwen_vl", "shared_prefix", "lora",
-          "models", "policy", "loss", "rollout", "evaluation", "comparison", "report", "charts", "page", "checkpoint",
-          "demo", "doctor", "export", "test_model", "run", "train_vlm_parallel"]
+FLOORS = ["config", "prompts", "reward", "family", "data", "own_reward", "measures", "journal", "provenance",
+          "replay_buffer", "remote_code", "family_minicpm_remote", "family_minicpm_v46", "family_qwen_vl",
+          "shared_prefix", "lora", "models", "policy", "loss", "rollout", "evaluation", "comparison", "report",
+          "curves", "charts", "page", "checkpoint", "demo", "doctor", "export", "test_model", "run",
+          "train_vlm_parallel"]
 
 
 def is_command(node):
@@ -41,7 +42,7 @@ def test_imports_go_down_only(name):
 
 
 def test_the_ground_floor_knows_no_torch():
-    for name in ("config", "prompts", "reward", "data", "own_reward", "measures"):
+    for name in ("config", "prompts", "reward", "data", "own_reward", "measures", "journal", "provenance"):
         assert "torch" not in set(own_imports(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))))
 
 
