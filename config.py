@@ -303,15 +303,15 @@ class DoctorOptions:
 
 @dataclass
 class ExportOptions:
-    """What to merge"""
+    """What to export"""
 
-    checkpoint_path: str = option("", "a checkpoint folder with an adapter (--lora_rank)")
+    checkpoint_path: str = option("", "a checkpoint folder; an adapter in it is merged into the model under it")
     output_path: str = option("", "the model folder to write; it must not be there yet")
     model_path: str | None = option(None, "the model under the adapter; default: the one it was trained on")
     trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
     data_path: str | None = option(None, "a sheet with products to compare answers on; default: the training sheet")
     image_cache_dir: str | None = option(None, "folder with its photos; default: that of the training run")
-    num_products: int = option(4, "products answered before and after the merge")
+    num_products: int = option(4, "products answered by the checkpoint and by what was written")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
     num_threads: int | None = option(None, "CPU threads for torch")
 
@@ -319,9 +319,9 @@ class ExportOptions:
         """Refuse values that can't work; raises OptionError naming the option."""
         check_ranges(self, _RANGES)
         if not self.checkpoint_path:
-            raise OptionError("--checkpoint_path is missing: give the checkpoint folder with the adapter")
+            raise OptionError("--checkpoint_path is missing: give the checkpoint folder to export")
         if not self.output_path:
-            raise OptionError("--output_path is missing: give the folder to write the merged model to")
+            raise OptionError("--output_path is missing: give the folder to write the model to")
         if Path(self.output_path).exists():
             raise OptionError(f"--output_path {self.output_path} is there already: name a folder that isn't")
 
