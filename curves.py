@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from loguru import logger
 from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -24,7 +24,7 @@ from reward import RewardParts
 from rollout import Group, PromptEncoder, rollout_groups
 
 HELD_OUT_SHOWN = 3  # held-out products whose candidates are shown at each evaluation, always the same
-_PHOTO_HEIGHT, _LONGEST = 160, 400  # pixels of a photo; characters of a text or an answer
+_PHOTO_HEIGHT, _LONGEST = 128, 400  # pixels of a photo; characters of a text or an answer
 
 MEANINGS = {
     "returns": "mean reward of the step's sampled answers; the curve to watch",
@@ -63,7 +63,10 @@ class Curves(SummaryWriter):
         """Write one point; the description is what TensorBoard shows beside the curve's title."""
         meaning = MEANINGS.get(tag) or (f"wall seconds a step spent on {tag.partition('/')[2]}"
                                         if tag.startswith("seconds/") else "")
-        point = Summary.Value(tag=tag, simple_value=float(value), metadata=SummaryMetadata(summary_description=meaning))
+        # Without the data class TensorBoard's fast loader takes the point for an old one and drops its description.
+        described = SummaryMetadata(summary_description=meaning, data_class=DATA_CLASS_SCALAR,
+                                    plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"))
+        point = Summary.Value(tag=tag, simple_value=float(value), metadata=described)
         self.file_writer.add_summary(Summary(value=[point]), step)
 
     def log_options(self, options: TrainOptions, step: int) -> None:

@@ -74,8 +74,8 @@ def test_hostile_text_can_not_break_the_table():
 
 def test_photos_stand_side_by_side():
     strip = photo_strip([noise_photo(0, (80, 40)), noise_photo(1, (40, 80))])
-    assert strip.shape == (160, 320 + 8 + 80, 3) and strip.dtype == np.uint8
-    assert (strip[:, 320:328] == 255).all()
+    assert strip.shape == (128, 256 + 8 + 64, 3) and strip.dtype == np.uint8
+    assert (strip[:, 256:264] == 255).all()
 
 
 def test_the_most_telling_groups():
