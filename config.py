@@ -223,6 +223,9 @@ class CompareOptions:
         check_rewards(self.reward)
         if not self.checkpoint_path:
             raise OptionError("--checkpoint_path is missing: give the checkpoint folder or model_stepN.pt to compare")
+        for path in self.also:
+            if not Path(path).exists() and path.count("/") != 1:  # one slash: perhaps a hub name
+                raise OptionError(f"--also {path}: no such checkpoint or model folder")
 
 
 @dataclass

@@ -22,27 +22,26 @@ class Figure:
 
     title: str
     form: str
-    more_is_better: bool
     meaning: str
 
 
 FIGURES = {
-    "mean_reward": Figure("mean reward", "{:.3f}", True, "the mean reward of all answers; 1 is perfect"),
-    "success_rate": Figure("reward >= 0.9", "{:.1%}", True, "share of answers with a reward of 0.9 or more"),
-    "failure_rate": Figure("reward < 0.3", "{:.1%}", False, "share of answers with a reward below 0.3: plainly wrong"),
-    "zero_rate": Figure("reward 0", "{:.1%}", False, "share of answers that earn nothing"),
-    "within_5": Figure("within 5 %", "{:.1%}", True, "share of answers with every side within 5 % of the true size"),
-    "within_10": Figure("within 10 %", "{:.1%}", True, "share of answers with every side within 10 %"),
-    "within_20": Figure("within 20 %", "{:.1%}", True, "share of answers with every side within 20 %"),
-    "largest_error": Figure("error, largest side", "{:.1%}", False, "median error of the largest side; a side that "
+    "mean_reward": Figure("mean reward", "{:.3f}", "the mean reward of all answers; 1 is perfect"),
+    "success_rate": Figure("reward >= 0.9", "{:.1%}", "share of answers with a reward of 0.9 or more"),
+    "failure_rate": Figure("reward < 0.3", "{:.1%}", "share of answers with a reward below 0.3: plainly wrong"),
+    "zero_rate": Figure("reward 0", "{:.1%}", "share of answers that earn nothing"),
+    "within_5": Figure("within 5 %", "{:.1%}", "share of answers with every side within 5 % of the true size"),
+    "within_10": Figure("within 10 %", "{:.1%}", "share of answers with every side within 10 %"),
+    "within_20": Figure("within 20 %", "{:.1%}", "share of answers with every side within 20 %"),
+    "largest_error": Figure("error, largest side", "{:.1%}", "median error of the largest side; a side that "
                             "the answer lacks counts as 100 %"),
-    "middle_error": Figure("error, middle side", "{:.1%}", False, "median error of the middle side"),
-    "smallest_error": Figure("error, smallest side", "{:.1%}", False, "median error of the smallest side"),
-    "volume_error": Figure("error, volume", "{:.1%}", False, "median error of length x width x height, which shipping "
+    "middle_error": Figure("error, middle side", "{:.1%}", "median error of the middle side"),
+    "smallest_error": Figure("error, smallest side", "{:.1%}", "median error of the smallest side"),
+    "volume_error": Figure("error, volume", "{:.1%}", "median error of length x width x height, which shipping "
                            "costs follow; where three sizes are known"),
-    "slip_rate": Figure("unit slips", "{:.1%}", False, "share of answers whose sides are all off by one and the same "
+    "slip_rate": Figure("unit slips", "{:.1%}", "share of answers whose sides are all off by one and the same "
                         "unit factor, such as 10 or 25.4"),
-    "valid_rate": Figure("readable answers", "{:.1%}", True, "share of answers in which at least one size can be read"),
+    "valid_rate": Figure("readable answers", "{:.1%}", "share of answers in which at least one size can be read"),
 }
 
 

@@ -89,6 +89,7 @@ def serving_notes(policy: Policy, trained: TrainOptions, group: Group, sampling:
 
 def _update_json(path: Path, content: dict[str, Any]) -> None:
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    earlier.pop("_from_model_config", None)  # it would let transformers throw these settings away
     path.write_text(json.dumps(earlier | content, ensure_ascii=False, indent=2), encoding="utf-8")
 
 

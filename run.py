@@ -44,10 +44,11 @@ def compare(options: CompareOptions) -> None:
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     trained = training_options(options)
+    names_of(options.also)  # refuses what is given twice before any model answers
     samples = choose_samples(options, trained)
     scorer = scorer_of(trained, options.reward, options.trust_remote_code)
     logger.info(scorer.check(samples[0]))
-    answers = list(answers_of_all(options, trained, samples, scorer))
+    answers = [*answers_of_run(options, trained, samples, scorer), *answers_of_also(options, trained, samples, scorer)]
     report = build_report(answers, settings(options, trained), options.accept_error)
     curve = read_curve(Path(trained.log_dir))
     folder = Path(options.output_dir) if options.output_dir else Path(options.checkpoint_path).parent / "compare"
@@ -62,9 +63,9 @@ def compare(options: CompareOptions) -> None:
           f"curves: tensorboard --logdir {trained.log_dir}")
 
 
-def answers_of_all(options: CompareOptions, trained: TrainOptions, samples: Sequence[Sample], scorer: Scorer
+def answers_of_run(options: CompareOptions, trained: TrainOptions, samples: Sequence[Sample], scorer: Scorer
                    ) -> Iterator[Answers]:
-    """Answer with the model before, the one after, those of --also, and the ablations of the one after."""
+    """Answer with the model before, the one after and, with --ablate, the one after without the right photos."""
     before_path = options.model_path or trained.model_path
     policy = open_model(before_path, None, trained, options.device, options.trust_remote_code)
     answered = partial(answer, samples=samples, options=options, scorer=scorer)
@@ -75,7 +76,11 @@ def answers_of_all(options: CompareOptions, trained: TrainOptions, samples: Sequ
         for name, (encoder, others) in ablations(samples, partial(make_encoder, policy, trained)).items():
             sampled, greedy = answered(encoder, trained, samples=others, both=False)
             yield Answers(name, "ablation", options.checkpoint_path, sampled, greedy)
-    del policy  # one model in memory at a time
+
+
+def answers_of_also(options: CompareOptions, trained: TrainOptions, samples: Sequence[Sample], scorer: Scorer
+                    ) -> Iterator[Answers]:
+    """Answer with the models of --also, each with its own options where it has any."""
     for path, name in zip(options.also, names_of(options.also), strict=True):
         own = options_of(path)
         notes = differences(own, trained) if own else (
@@ -83,7 +88,9 @@ def answers_of_all(options: CompareOptions, trained: TrainOptions, samples: Sequ
         policy = open_model("", path, own or trained, options.device, options.trust_remote_code)
         for note in notes:
             logger.warning(f"{path}: {note}")
-        yield Answers(name, "also", path, *answered(make_encoder(policy, own or trained), own or trained), notes)
+        sampled, greedy = answer(make_encoder(policy, own or trained), own or trained, samples, options, scorer)
+        del policy  # one model in memory at a time
+        yield Answers(name, "also", path, sampled, greedy, notes)
 
 
 def make_encoder(policy: Policy, trained: TrainOptions, **more: object) -> PromptEncoder:

@@ -242,7 +242,7 @@ def test_hostile_rows_stay_text(made):
     assert not reader.tags & {"script", "i", "iframe", "object", "link"}
     assert 'alert("x")' not in text and "&lt;img src=x onerror" in text and "{{ 7 * 7 }}" in text.replace("&#34;", "")
     assert "http-equiv" not in text and "<b>no idea" not in text and "run<2>" not in text
-    assert "\x00" in text or "\ufffd" in text or "bell" in text
+    assert "{% raw %} ? " in text  # half of a surrogate pair
     assert "answered with its own --max_pixels" in text
 
 

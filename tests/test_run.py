@@ -54,6 +54,12 @@ def test_another_checkpoint_answers_with_its_own_options(trained, tmp_path):
     assert answers[0] != answers[1]  # the same weights, asked otherwise
 
 
+def test_another_model_that_is_not_there_is_refused_at_once(trained, tmp_path):
+    with pytest.raises(comparing.OptionError, match="--also a/b/gone"):
+        compare(trained, tmp_path, also=["a/b/gone"])
+    assert compare(trained, tmp_path, also=[str(trained), str(trained)]) == 2
+
+
 def test_what_names_tell_apart():
     assert comparing.names_of(["a/step_1", "b/step_1", "c/step_2"]) == ["a/step_1", "b/step_1", "c/step_2"]
     assert comparing.names_of(["a/step_1", "a/step_2"]) == ["step_1", "step_2"] and comparing.names_of([]) == []
