@@ -251,8 +251,10 @@ def test_comparing_and_answering_with_an_adapter(trained, capsys):
     checkpoint, options = trained
     run.compare(CompareOptions(checkpoint_path=str(checkpoint), rows="all", greedy=True, ablate=True, device="cpu"))
     report = json.loads((checkpoint.parent / "compare" / "compare.json").read_text())
-    assert report["settings"]["before"] == options.model_path
-    assert any(line["best_answer_before"] != line["best_answer_after"] for line in report["products"])
+    assert [model["path"] for model in report["models"][:2]] == [options.model_path, str(checkpoint)]
+    answers = [[product["models"][name]["answers"][0]["answer"] for product in report["products"]]
+               for name in ("before", "after")]
+    assert answers[0] != answers[1]
     capsys.readouterr()
 
     def answer(**paths):
