@@ -6,6 +6,7 @@ Every number on the page is looked up in the report by the path in its data-key 
 import base64
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def write_page(path: Path, report: Mapping[str, Any], curve: Mapping[str, Sequen
     photos = thumbnails([products[place] for place in order])
     cards = [card(report, place, rank, len(order), photo)
              for rank, (place, photo) in enumerate(zip(order, photos, strict=True))]
-    write_text(path, environment.get_template("page.html").render(report=report, cards=cards, shown=_SHOWN))
+    counts = Counter(kind for one in cards for kind in (*one["kinds"], "all"))
+    write_text(path, environment.get_template("page.html").render(report=report, cards=cards, counts=counts))
 
 
 def number(report: Mapping[str, Any], keys: Sequence[Any], form: str) -> Markup:

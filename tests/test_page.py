@@ -253,6 +253,11 @@ def test_cards_are_filtered_by_kind(made):
     kinds = [kind.split() for kind, _ in cards]
     assert sum("better" in kind for kind in kinds) == report["change"]["after"]["better"]
     assert sum("gain" in kind for kind in kinds) == 8 and "worse" in kinds[-1] or "same" in kinds[-1]
+    for kind in ("gain", "loss", "better", "worse", "same", "unread", "review"):
+        shown = re.search(rf'for="f-{kind}">[a-z ]+<span class="told">(\d+)</span>', text)[1]
+        assert int(shown) == sum(kind in own for own in kinds)
+    for product in report["products"]:
+        assert f'true size <span class="told">{" x ".join(f"{size:g}" for size in product["label"])}</span>' in text
     accept = report["confidence"]["after"]["accept"]
     assert sum("review" in kind for kind in kinds) == 60 - accept["accepted"]
     assert text.count("data:image/jpeg") == sum(len(product["photos"]) for product in report["products"])
