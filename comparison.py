@@ -89,7 +89,10 @@ def change(before: Sequence[Record], after: Sequence[Record]) -> dict[str, Any]:
     """How the mean reward moved, product by product: 95 % interval, p-value, and how many moved which way."""
     moves = [two.reward - one.reward for one, two in zip(before, after, strict=True)]
     outcomes = [outcome(move) for move in moves]
-    return {"mean": fmean(moves), "interval": bootstrap_interval(moves), "p_value": paired_p_value(moves),
+    interval, p_value = bootstrap_interval(moves), paired_p_value(moves)
+    sure = p_value < 0.05 and not interval[0] <= 0 <= interval[1]  # of few products the interval alone says too much
+    return {"mean": fmean(moves), "interval": interval, "p_value": p_value,
+            "verdict": ("up" if interval[0] > 0 else "down") if sure else "unclear",
             **{name: outcomes.count(name) for name in ("better", "worse", "same")}}
 
 
@@ -150,7 +153,7 @@ _GROUPS: dict[str, Callable[[Sample], str]] = {
 def group_lines(title: str, key: Callable[[Sample], str], models: Sequence[Answers]) -> list[dict[str, Any]]:
     """One line a group of products: mean reward by model, and the change between the first two with its interval.
 
-    None where all products are alike.
+    No line where all products are alike, no interval for one or two products.
     """
     places: dict[str, list[int]] = {}
     for place, record in enumerate(models[0].records):
@@ -164,7 +167,7 @@ def group_lines(title: str, key: Callable[[Sample], str], models: Sequence[Answe
         moves = [two - one for one, two in zip(*list(means.values())[:2], strict=True)]
         lines.append({"by": title, "value": value, "products": len(moves),
                       "rewards": {name: fmean(rewards) for name, rewards in means.items()},
-                      "change": fmean(moves), "interval": bootstrap_interval(moves)})
+                      "change": fmean(moves), "interval": bootstrap_interval(moves) if len(moves) > 2 else None})
     return lines
 
 

@@ -66,9 +66,21 @@ def test_comparison_pairs_rows():
     change = report["change"]["after"]
     assert change["mean"] == pytest.approx(-0.4 / 3)
     assert (change["better"], change["worse"], change["same"]) == (1, 1, 1)
+    assert change["verdict"] == "unclear"
     text = change_lines(report)
     assert "1 improved, 1 worse, 1 the same" in text and "mean reward -0.133" in text
     assert text.index("largest gains") < text.index("row 2") < text.index("largest losses") < text.index("row 3")
+
+
+def test_few_products_prove_nothing_and_many_do():
+    def verdict(count, one, other):
+        rows = range(2, count + 2)
+        report = report_of([record(row, [one]) for row in rows], [record(row, [other]) for row in rows])
+        return report["change"]["after"]
+
+    assert verdict(2, POOR, GOOD)["verdict"] == "unclear" and verdict(2, POOR, GOOD)["interval"][0] > 0
+    assert verdict(8, POOR, GOOD)["verdict"] == "up" and verdict(8, GOOD, FAIR)["verdict"] == "down"
+    assert verdict(8, GOOD, GOOD)["verdict"] == "unclear"
 
 
 def test_best_of_n_and_the_answer_most_agreed_on():
