@@ -5,10 +5,11 @@ options.yaml and, for --resume, trainer_state.pt beside the weights. With --lora
 the weights, as peft writes it.
 """
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,12 +19,16 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from config import OptionError, TrainOptions, read_options, write_options
-from policy import Policy
+from config import OptionError, TrainOptions, read_options, split_reward, write_options
+from lora import base_of, is_adapter
+from own_reward import Scorer
+from policy import Policy, load_policy
 
 OPTIONS_FILE = "options.yaml"
 STATE_FILE = "trainer_state.pt"
 PROMPT_FILE = "prompt.txt"
+BEST, BEST_FILE = "best", "best.json"
+_REWARD_FILE = "own_reward_{}.py"
 _NAME = re.compile(r"step_(\d+)$")
 
 
@@ -49,6 +54,32 @@ def save_model(policy: Policy, options: TrainOptions, base_path: str, folder: Pa
     write_options(options, folder / OPTIONS_FILE)
     if options.prompt_file:
         shutil.copyfile(options.prompt_file, folder / PROMPT_FILE)
+    for number, spec in enumerate(options.reward, start=1):
+        if file := split_reward(spec)[0]:
+            shutil.copyfile(file, folder / _REWARD_FILE.format(number))
+
+
+def keep_best(policy: Policy, options: TrainOptions, step: int, reward: float,
+              weights: dict[str, Tensor] | None = None) -> bool:
+    """Keep these weights in output_dir/best if their held-out mean reward is the best so far.
+
+    weights: the whole ones, where the policy holds only a share.
+    Returns whether the run should stop: no better one for stop_after evaluations.
+    """
+    best = read_best(options.output_dir)
+    if best is None or reward > best["mean_reward"]:
+        best = {"step": step, "mean_reward": reward}
+        if options.save_best:
+            with whole_folder(Path(options.output_dir) / BEST) as folder:
+                save_model(policy, options, options.model_path, folder, weights)
+                (folder / BEST_FILE).write_text(json.dumps(best), encoding="utf-8")
+    return 0 < options.stop_after * options.eval_every <= step - best["step"]
+
+
+def read_best(output_dir: str) -> dict[str, Any] | None:
+    """The step and held-out mean reward of output_dir/best; None when there is none."""
+    path = Path(output_dir) / BEST / BEST_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 @contextmanager
@@ -105,13 +136,14 @@ def find_resume(options: TrainOptions) -> Path | None:
             raise OptionError(f"--output_dir {options.output_dir} holds {len(earlier)} checkpoints of an earlier run: "
                               "go on from them with --resume auto, name another folder, or throw them away with "
                               "--overwrite_output_dir")
-        for path in earlier:
-            shutil.rmtree(path)
+        for path in (*earlier, Path(options.output_dir) / BEST):
+            shutil.rmtree(path, ignore_errors=True)
         return None
     if options.resume == "auto":
         found = list_checkpoints(Path(options.output_dir))
         if not found:
             logger.info(f"--resume auto: no checkpoint in {options.output_dir} yet, starting from the beginning")
+            shutil.rmtree(Path(options.output_dir) / BEST, ignore_errors=True)  # of the start that was cut off
         return found[-1] if found else None
     path = Path(options.resume)
     if not (path / STATE_FILE).is_file():
@@ -123,7 +155,7 @@ def find_resume(options: TrainOptions) -> Path | None:
 _FREE = {"gpu_ids", "sharding", "gradient_checkpointing", "checkpoint_path", "trust_remote_code", "device",
          "num_threads", "image_cache_dir", "download_missing", "on_bad_row", "rollout_batch_size", "prompt_cache_mb",
          "micro_batch_size", "max_bad_steps", "output_dir", "log_dir", "save_every", "keep_last", "eval_every",
-         "eval_samples", "resume", "overwrite_output_dir", "prompt_file"}
+         "eval_samples", "show_every", "save_best", "stop_after", "resume", "overwrite_output_dir", "prompt_file"}
 
 
 def read_state(path: Path, options: TrainOptions) -> dict[str, Any]:
@@ -141,7 +173,8 @@ def read_state(path: Path, options: TrainOptions) -> dict[str, Any]:
 def options_of(checkpoint_path: str) -> TrainOptions | None:
     """Read the options a checkpoint was trained with; looks beside a plain .pt file too. None when there are none.
 
-    The wording of the prompt is the copy kept in the checkpoint, wherever the original file has gone.
+    The wording of the prompt is the copy kept in the checkpoint, wherever the original file has gone; a reward of the
+    user's own is the original file where it is as it was, else the copy (see scorer_of).
     """
     path = Path(checkpoint_path)
     for folder in (path, path.parent):
@@ -149,5 +182,52 @@ def options_of(checkpoint_path: str) -> TrainOptions | None:
             options = read_options(folder / OPTIONS_FILE)
             if (folder / PROMPT_FILE).is_file():
                 options.prompt_file = str(folder / PROMPT_FILE)
+            options.reward = [_reward_file(spec, folder, number) for number, spec in enumerate(options.reward, start=1)]
             return options
     return None
+
+
+def _reward_file(spec: str, folder: Path, number: int) -> str:
+    file, name, weight = split_reward(spec)
+    copy = folder / _REWARD_FILE.format(number)
+    if not file:
+        return spec
+    original = Path(file)
+    mine = original.is_file() and copy.is_file() and original.read_bytes() == copy.read_bytes()
+    mine = mine and not original.resolve().is_relative_to(folder.resolve())
+    return f"{file if mine else copy}:{name}:{weight:g}"
+
+
+def scorer_of(trained: TrainOptions, own: Sequence[str], trust_remote_code: bool) -> Scorer:
+    """The reward to score with: that of --reward, else the one the checkpoint was trained with.
+
+    A checkpoint's copy of a reward runs only when it is trusted; raises OptionError otherwise.
+    """
+    if own:
+        return Scorer(own)
+    for spec in trained.reward:
+        file = Path(split_reward(spec)[0])
+        if file.name.startswith(_REWARD_FILE.partition("{")[0]) and not trust_remote_code:
+            raise OptionError(f"{file}: this checkpoint was trained with a reward of its own, and the original file is "
+                              "gone or was changed since. Read the copy and allow it with --trust_remote_code, or "
+                              "give --reward (--reward size for the built-in one)")
+    return Scorer(trained.reward)
+
+
+def open_model(model_path: str, checkpoint_path: str | None, trained: TrainOptions, device: str,
+               trust_remote_code: bool) -> Policy:
+    """Load what a user names: a model folder or hub name, a checkpoint, an adapter, a plain state dict.
+
+    An adapter brings the model under it; a state dict is put on model_path, or on the model it was trained from.
+    """
+    weights = checkpoint_path
+    if not weights and is_adapter(model_path):
+        model_path, weights = "", model_path
+    if not model_path and is_adapter(weights):
+        model_path = base_of(weights)
+    elif not model_path:
+        model_path, weights = (trained.model_path, weights) if Path(weights).is_file() else (weights, None)
+    policy = load_policy(model_path, trained, device, trust_remote_code)
+    if weights:
+        policy.load_weights(weights)
+    return policy

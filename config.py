@@ -18,6 +18,10 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 DEFAULT_DATA_PATH = "data.xlsx"
 T = TypeVar("T")
+REWARD = ("a reward of your own, file.py:function, or file.py:function:weight; repeat to add several up; size is the "
+          "built-in one, which is alone when none is given")
+REWARD_AGAIN = "score with this reward (see train_vlm_parallel.py --help); default: the one of the training run"
+_REWARD = re.compile(r"(?P<file>.+\.py):(?P<name>[^\W\d]\w*)(?::(?P<weight>[^:]+))?|size(?::(?P<size_weight>[^:]+))?")
 TRUST_REMOTE_CODE = ("run the Python files that come with the model, with your rights; MiniCPM-o and the MiniCPM-V "
                      "before 4.6 need it")
 
@@ -131,6 +135,7 @@ class RolloutOptions:
 class LossOptions:
     """Reward and loss"""
 
+    reward: list[str] = field(default_factory=list, metadata={"help": REWARD})
     kl_weight: float = option(0.01, "weight of the KL term towards the reference policy; 0 leaves it out of the loss")
     clip_eps: float = option(0.2, "the ratio is clipped to [1 - clip_eps, 1 + clip_eps]")
     clip_eps_high: float | None = option(None, "another upper clip: 1 + clip_eps_high (clip-higher)")
@@ -170,7 +175,11 @@ class RunOptions:
     save_every: int = option(100, "steps between checkpoints; the last step is always saved")
     keep_last: int = option(3, "checkpoints kept, the newest; 0 keeps all")
     eval_every: int = option(100, "steps between evaluations on held-out products; 0 for none")
+    show_every: int = option(50, "steps between tables of candidates in TensorBoard; 0 for none")
     eval_samples: int = option(1, "answers sampled a held-out product at each evaluation")
+    save_best: bool = option(True, "keep the checkpoint with the best held-out mean reward in output_dir/best")
+    stop_after: int = option(0, "stop after so many evaluations in a row without a better held-out mean reward; 0: go "
+                                "on to max_steps")
     seed: int = option(0, "seed of the data order and of every sampled token")
     resume: str | None = option(None, "auto: go on from the newest checkpoint in output_dir; or a checkpoint folder")
 
@@ -183,6 +192,7 @@ class TrainOptions(RunOptions, OptimizerOptions, LossOptions, RolloutOptions, Da
         """Refuse values and combinations that can't work; raises OptionError naming the option."""
         check_ranges(self, _RANGES)
         check_prompt_file(self.prompt_file)
+        check_rewards(self.reward)
         if not self.eval_path and self.eval_fraction == 0 and self.eval_every:
             raise OptionError("--eval_every needs held-out products: give --eval_path or an --eval_fraction above 0, "
                               "or turn it off with --eval_every 0")
@@ -196,6 +206,10 @@ class TrainOptions(RunOptions, OptimizerOptions, LossOptions, RolloutOptions, Da
         if self.warmup_steps > self.max_steps:
             raise OptionError(f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}")
         self.check_lora()
+        if self.stop_after and not self.eval_every:
+            raise OptionError(f"--stop_after {self.stop_after} needs evaluations: give --eval_every")
+        if self.stop_after and not self.save_best:
+            raise OptionError(f"--stop_after {self.stop_after} without --save_best would throw the best weights away")
         if self.resume and self.overwrite_output_dir:
             raise OptionError("--resume and --overwrite_output_dir contradict each other: take one")
         check_data(self)
@@ -223,12 +237,16 @@ class CompareOptions(SheetOptions):
     image_cache_dir: str | None = option(None, "folder with the photos; default: that of the training run")
     rows: Literal["held_out", "all"] = option("held_out", "held_out products only, or every row of the sheet")
     num_samples: int = option(4, "answers sampled a product with each model, at the training temperature")
-    greedy: bool = option(False, "one greedy answer a product instead of sampled ones")
-    ablate: bool = option(False, "also answer with the photos blanked and with other products' photos")
+    greedy: bool = option(False, "only one greedy answer a product, no sampled ones")
+    ablate: bool = option(False, "also answer without photos, with blank ones and with other products' photos")
+    also: list[str] = field(default_factory=list, metadata={
+        "help": "another checkpoint or model to answer too, with its own options; repeat for more"})
+    reward: list[str] = field(default_factory=list, metadata={"help": REWARD_AGAIN})
+    accept_error: float = option(0.2, "share of wrong answers at most among those to be accepted without review")
     max_products: int | None = option(None, "look at the first so many products only")
     eval_batch_size: int = option(8, "products answered together")
     seed: int = option(0, "seed of the sampled answers")
-    output_dir: str | None = option(None, "where compare.xlsx and compare.json go; default: compare/ beside the "
+    output_dir: str | None = option(None, "where compare.html, .xlsx and .json go; default: compare/ beside the "
                                           "checkpoint")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
     num_threads: int | None = option(None, "CPU threads for torch")
@@ -237,8 +255,12 @@ class CompareOptions(SheetOptions):
         """Refuse values that can't work; raises OptionError naming the option."""
         check_ranges(self, _RANGES)
         check_columns(self)
+        check_rewards(self.reward)
         if not self.checkpoint_path:
             raise OptionError("--checkpoint_path is missing: give the checkpoint folder or model_stepN.pt to compare")
+        for path in self.also:
+            if not Path(path).exists() and path.count("/") != 1:  # one slash: perhaps a hub name
+                raise OptionError(f"--also {path}: no such checkpoint or model folder")
 
 
 @dataclass
@@ -249,16 +271,20 @@ class AnswerOptions(SheetOptions):
     checkpoint_path: str | None = option(None, "weights to use instead: a checkpoint folder or model_stepN.pt")
     trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
     text: str | None = option(None, "the product's text")
-    image: list[str] = field(default_factory=list, metadata={"help": "a photo's path; repeat for up to five"})
+    image: list[str] = field(default_factory=list, metadata={"help": "a photo's path or address; repeat for up to "
+                                                                          "five"})
     label: str | None = option(None, "the true size, if known: prints the reward")
     data_path: str | None = option(None, "a sheet instead of one product")
-    image_cache_dir: str | None = option(None, "folder with the sheet's photos; default: as in training")
+    image_cache_dir: str | None = option(None, "folder with photos by address; default: as in training")
     output_path: str | None = option(None, "the sheet to write; default: the sheet's name + .answers.xlsx")
-    sample: bool = option(False, "sample at the training temperature instead of answering greedily")
+    num_samples: int = option(4, "answers sampled a product; the one that agrees most with the others counts, and how "
+                                 "far they agree is the confidence; 1: one greedy answer, no confidence")
+    accept_at: float | None = option(None, "confidence from which an answer needs no review, as run.py prints it")
+    reward: list[str] = field(default_factory=list, metadata={"help": REWARD_AGAIN})
     prompt_language: Literal["zh", "en"] | None = option(None, "wording of the prompt; default: as in training")
     prompt_file: str | None = option(None, "your own wording; default: as in training")
-    eval_batch_size: int = option(8, "products answered together")
-    seed: int = option(0, "seed of a sampled answer")
+    eval_batch_size: int = option(8, "products answered together; halved when memory runs out")
+    seed: int = option(0, "seed of the sampled answers")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
     num_threads: int | None = option(None, "CPU threads for torch")
 
@@ -267,6 +293,7 @@ class AnswerOptions(SheetOptions):
         check_ranges(self, _RANGES)
         check_columns(self)
         check_prompt_file(self.prompt_file)
+        check_rewards(self.reward)
         if not self.model_path and not self.checkpoint_path:
             raise OptionError("--model_path is missing: give a model folder, a hub name or a checkpoint folder")
         if (self.text is None) == (self.data_path is None):
@@ -278,16 +305,52 @@ class AnswerOptions(SheetOptions):
 
 
 @dataclass
-class ExportOptions(SheetOptions):
-    """What to merge"""
+class DoctorOptions(SheetOptions):
+    """What to explain"""
 
-    checkpoint_path: str = option("", "a checkpoint folder with an adapter (--lora_rank)")
+    answer: str | None = field(default=None, metadata={"help": "an answer as a model gives it", "positional": True})
+    label: str | None = option(None, "the true size that goes with it")
+    text: str = option("", "the product's text, for a reward of your own that reads it")
+    reward: list[str] = field(default_factory=list, metadata={"help": REWARD})
+    data_path: str | None = option(None, "a sheet instead of one answer: answers its products in groups")
+    model_path: str = option("", "the model that answers: a folder, hub name or checkpoint")
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
+    image_cache_dir: str | None = option(None, "folder with the sheet's photos; default: as in training")
+    prompt_language: Literal["zh", "en"] | None = option(None, "wording of the prompt; default: as in training")
+    prompt_file: str | None = option(None, "your own wording; default: as in training")
+    group_size: int = option(12, "answers a product")
+    temperature: float | None = option(None, "sampling temperature; default: that of training")
+    max_length: int | None = option(None, "new tokens of an answer at most; default: as in training")
+    max_products: int | None = option(64, "look at the first so many products only")
+    eval_batch_size: int = option(8, "products answered together")
+    seed: int = option(0, "seed of the sampled answers")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
+    num_threads: int | None = option(None, "CPU threads for torch")
+
+    def check(self) -> None:
+        """Refuse values and combinations that can't work; raises OptionError naming the option."""
+        check_ranges(self, _RANGES)
+        check_prompt_file(self.prompt_file)
+        check_rewards(self.reward)
+        if (self.answer is None) == (self.data_path is None):
+            raise OptionError("give either an answer with its --label, or a --data_path with a --model_path")
+        if self.answer is not None and self.label is None:
+            raise OptionError("--label is missing: give the true size that goes with the answer")
+        if self.data_path is not None and not self.model_path:
+            raise OptionError("--model_path is missing: give the model that is to answer the sheet")
+
+
+@dataclass
+class ExportOptions(SheetOptions):
+    """What to export"""
+
+    checkpoint_path: str = option("", "a checkpoint folder; an adapter in it is merged into the model under it")
     output_path: str = option("", "the model folder to write; it must not be there yet")
     model_path: str | None = option(None, "the model under the adapter; default: the one it was trained on")
     trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
     data_path: str | None = option(None, "a sheet with products to compare answers on; default: the training sheet")
     image_cache_dir: str | None = option(None, "folder with its photos; default: that of the training run")
-    num_products: int = option(4, "products answered before and after the merge")
+    num_products: int = option(4, "products answered by the checkpoint and by what was written")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
     num_threads: int | None = option(None, "CPU threads for torch")
 
@@ -296,9 +359,9 @@ class ExportOptions(SheetOptions):
         check_ranges(self, _RANGES)
         check_columns(self)
         if not self.checkpoint_path:
-            raise OptionError("--checkpoint_path is missing: give the checkpoint folder with the adapter")
+            raise OptionError("--checkpoint_path is missing: give the checkpoint folder to export")
         if not self.output_path:
-            raise OptionError("--output_path is missing: give the folder to write the merged model to")
+            raise OptionError("--output_path is missing: give the folder to write the model to")
         if Path(self.output_path).exists():
             raise OptionError(f"--output_path {self.output_path} is there already: name a folder that isn't")
 
@@ -355,13 +418,13 @@ _POSITIVE = ("group_size", "batch_size", "max_length", "temperature", "rollout_b
              "eval_samples", "num_samples", "num_products", "eval_batch_size", "max_products", "num_threads",
              "max_slice_nums", "max_pixels", "max_prompt_length", "lora_rank", "lora_alpha", "products", "held_out",
              "warm_up_steps", "workers", "timeout", "deadline", "max_file_mb")
-_NOT_NEGATIVE = ("kl_weight", "std_floor", "warmup_steps", "weight_decay", "keep_last", "eval_every", "seed",
-                 "prompt_cache_mb", "retries", "max_photos")
+_NOT_NEGATIVE = ("kl_weight", "std_floor", "warmup_steps", "weight_decay", "keep_last", "eval_every", "show_every",
+                 "seed", "prompt_cache_mb", "stop_after", "retries", "max_photos")
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{name: (lambda value: value > 0, "must be above 0") for name in _POSITIVE},
     **{name: (lambda value: value >= 0, "must be 0 or more") for name in _NOT_NEGATIVE},
     "eval_fraction": (lambda value: 0 <= value < 1, "must be in [0, 1)"),
-    "clip_eps": (lambda value: 0 < value < 1, "must be between 0 and 1"),
+    **{name: (lambda value: 0 < value < 1, "must be between 0 and 1") for name in ("clip_eps", "accept_error")},
     "clip_eps_high": (lambda value: value > 0, "must be above 0"),
     "min_lr_ratio": (lambda value: 0 <= value <= 1, "must be in [0, 1]"),
     "adam_betas": (lambda value: all(0 <= beta < 1 for beta in value), "must be two numbers in [0, 1)"),
@@ -433,6 +496,29 @@ def check_prompt_file(prompt_file: str | None) -> None:
         raise OptionError(f"--prompt_file {prompt_file}: it must contain {{text}}, where the product's text goes")
 
 
+def split_reward(spec: str) -> tuple[str, str, float]:
+    """Split file.py:function:weight, the file being "" for the built-in size; raises OptionError."""
+    match = _REWARD.fullmatch(spec)
+    weight = match and (match["weight"] or match["size_weight"] or "1")
+    try:
+        number = float(weight or "nan")
+    except ValueError:
+        number = math.nan
+    if match is None or not math.isfinite(number):
+        raise OptionError(f"--reward {spec}: give file.py:function, file.py:function:weight, size or size:weight")
+    return match["file"] or "", match["name"] or "size", number
+
+
+def check_rewards(specs: Sequence[str]) -> None:
+    """Refuse a reward that is misspelt, whose file is not there or that stands there twice; raises OptionError."""
+    for spec in specs:
+        file, _, _ = split_reward(spec)
+        if file and not Path(file).is_file():
+            raise OptionError(f"--reward {spec}: no such file {file}")
+    if len({split_reward(spec)[:2] for spec in specs}) < len(specs):
+        raise OptionError(f"--reward {' '.join(specs)}: one of them is given twice")
+
+
 class _Parser(ArgumentParser):
     """jsonargparse's parser, with a hint at the nearest option name."""
 
@@ -464,11 +550,13 @@ def parse_options(options_class: type[T], description: str, argv: Sequence[str] 
         group = parser.add_argument_group(group_class.__doc__)
         for item in own:
             declared.add(item.name)
-            group.add_argument(f"--{item.name}", help=item.metadata["help"], **_argument_kind(item))
+            if item.metadata.get("positional"):
+                group.add_argument(item.name, help=item.metadata["help"], nargs="?", type=item.type)
+            else:
+                group.add_argument(f"--{item.name}", help=item.metadata["help"], **_argument_kind(item))
     namespace = parser.parse_args(argv)
-    values = {name: value for name, value in vars(namespace).items() if name in declared}
-    values |= {name: tuple(values[name]) for name in pairs_of(options_class)}
-    options = options_class(**values)
+    options = options_class(**_with_tuples(options_class, {name: value for name, value in vars(namespace).items()
+                                                           if name in declared}))
     try:
         options.check()
     except OptionError as problem:
@@ -476,9 +564,10 @@ def parse_options(options_class: type[T], description: str, argv: Sequence[str] 
     return options
 
 
-def pairs_of(options_class: type) -> list[str]:
-    """List the options that hold a tuple, which YAML and the command line give as a list."""
-    return [item.name for item in fields(options_class) if typing.get_origin(item.type) is tuple]
+def _with_tuples(options_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Turn the lists that YAML and the parser give into tuples where tuples are declared."""
+    tuples = {item.name for item in fields(options_class) if typing.get_origin(item.type) is tuple}
+    return {name: tuple(value) if name in tuples else value for name, value in values.items()}
 
 
 def _argument_kind(item: Any) -> dict[str, Any]:
@@ -507,5 +596,4 @@ def read_options(path: Path) -> TrainOptions:
     unknown = sorted(set(plain) - known)
     if unknown:
         raise OptionError(f"{path}: options this version does not know: {', '.join(unknown)}")
-    plain |= {name: tuple(plain[name]) for name in pairs_of(TrainOptions) if name in plain}
-    return TrainOptions(**plain)
+    return TrainOptions(**_with_tuples(TrainOptions, plain))

@@ -218,8 +218,8 @@ def write_catalogue(folder: Path, name: str, products: Iterator[Product], rng: r
         addresses = [f"https://demo.invalid/{sku}/{view}.png" for view in ("front", "side")]
         for address, photo in zip(addresses, product.photos(rng), strict=True):
             photo.save(cached_photo_path(address, cache))
-        rows.append({"sku_id": sku, "text": product.text, "sku_img": addresses[0], "spu_img_1": addresses[1],
-                     "label": " ".join(str(size) for size in product.label)})
+        rows.append({"sku_id": sku, "category": product.category, "text": product.text, "sku_img": addresses[0],
+                     "spu_img_1": addresses[1], "label": " ".join(str(size) for size in product.label)})
     write_sheet(folder / f"{name}.xlsx", {"products": rows})
 
 

@@ -1,40 +1,41 @@
-"""Merge a trained adapter into the model under it: a folder that plain transformers loads.
+"""Write a trained model as a folder to serve: plain transformers and vLLM load it, adapters are merged.
 
-    python export.py --checkpoint_path outputs/vlm_grpo/step_001000 --output_path merged
+    python export.py --checkpoint_path outputs/vlm_grpo/step_001000 --output_path served
 
-Some products of the training sheet are answered greedily by base + adapter, and by the merged folder once it is read
-back from the disk. Where they differ nothing is written. Weights are float32.
+Some products of the training sheet are answered greedily by the checkpoint, and by the folder once it is read back
+from the disk. Where they differ nothing is written. Weights are float32. Beside them: generation_config.json with the
+sampling of training, which transformers and vLLM take as their default, and serving.json with the exact prompt.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from config import ExportOptions, OptionError, TrainOptions, parse_options, sheet_options
 
 if __name__ == "__main__":
-    OPTIONS = parse_options(ExportOptions, "Merge a trained adapter into the model under it.")
+    OPTIONS = parse_options(ExportOptions, "Write a trained model as a folder to serve; adapters are merged.")
 
 import torch
 from loguru import logger
 
-from checkpoint import options_of, save_model, whole_folder
+from checkpoint import open_model, options_of, save_model, whole_folder
 from data import DataError, Sample, load_samples, require_usable
 from family import ModelError
 from lora import base_of, is_adapter
+from models import stop_token_ids
 from policy import Policy, load_policy
-from prompts import read_template
+from prompts import build_prompt, read_template
 from rollout import Group, PromptEncoder, rollout_groups
 
 
 def export(options: ExportOptions) -> None:
-    """Write the merged model to output_path; raises ModelError, and writes nothing, when it answers otherwise."""
+    """Write the model to output_path; raises ModelError, and writes nothing, when it answers otherwise."""
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
-    if not is_adapter(options.checkpoint_path):
-        raise OptionError(f"--checkpoint_path {options.checkpoint_path}: no adapter there; a checkpoint of a run "
-                          "without --lora_rank is a model folder already")
     trained = options_of(options.checkpoint_path) or TrainOptions()
     if trained.quantize != "none":
         logger.warning(f"this adapter was trained on a base in {trained.quantize}; it is merged into, and compared on, "
@@ -42,21 +43,54 @@ def export(options: ExportOptions) -> None:
     trained = replace(trained, dtype="float32", quantize="none")
     samples = choose_samples(options, trained)
     with whole_folder(Path(options.output_path)) as folder:
-        expected = merge(options, trained, samples, folder)
+        expected = write_model(options, trained, samples, folder)
         merged = load_policy(str(folder), trained, options.device, options.trust_remote_code)
         gap = compare_answers(expected, answer(merged, samples, trained))
-    print(f"{len(expected)} products answered alike, log-probs within {gap:.1e}; merged model: {options.output_path}")
+    print(f"{len(expected)} products answered alike, log-probs within {gap:.1e}; model to serve: {options.output_path}")
 
 
-def merge(options: ExportOptions, trained: TrainOptions, samples: Sequence[Sample], folder: Path) -> list[Group]:
-    """Answer with base + adapter, then write the merged model; returns the answers."""
-    base_path = options.model_path or base_of(options.checkpoint_path)
-    policy = load_policy(base_path, trained, options.device, options.trust_remote_code)
-    policy.load_weights(options.checkpoint_path)
+def write_model(options: ExportOptions, trained: TrainOptions, samples: Sequence[Sample], folder: Path) -> list[Group]:
+    """Answer with the checkpoint, then write it, merged, with what a server needs to know; returns the answers."""
+    adapter = is_adapter(options.checkpoint_path)
+    base_path = options.model_path or (base_of(options.checkpoint_path) if adapter else trained.model_path)
+    policy = open_model(base_path if adapter or options.model_path else "", options.checkpoint_path, trained,
+                        options.device, options.trust_remote_code)
     expected = answer(policy, samples, trained)
-    policy.merge_adapter()
-    save_model(policy, trained, base_path, folder)
+    if adapter:
+        policy.merge_adapter()
+    save_model(policy, trained, base_path if adapter else options.checkpoint_path, folder)
+    sampling = sampling_settings(policy, trained)
+    _update_json(folder / "generation_config.json", {"do_sample": True, **sampling})
+    _update_json(folder / "serving.json", serving_notes(policy, trained, expected[0], sampling))
     return expected
+
+
+def sampling_settings(policy: Policy, trained: TrainOptions) -> dict[str, Any]:
+    """The sampling of training, by the names that transformers and vLLM share."""
+    return {"temperature": trained.temperature, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0,
+            "max_new_tokens": trained.max_length, "eos_token_id": stop_token_ids(policy.model, policy.tokenizer)}
+
+
+def serving_notes(policy: Policy, trained: TrainOptions, group: Group, sampling: dict[str, Any]) -> dict[str, Any]:
+    """What decides an answer beside the weights: wording by number of photos, photo budget, sampling; an example."""
+    template = read_template(trained.prompt_file)
+    wording = {count: build_prompt("{text}", range(count), trained.prompt_language, template) for count in range(6)}
+    ids = group.prompt.input_ids.tolist()
+    return {
+        "user_message": {f"{count} photos": text for count, text in wording.items()},
+        "photos": {"at_most": 5, "before_the_text": True, "max_pixels": trained.max_pixels,
+                   "max_slice_nums": trained.max_slice_nums, "max_prompt_length": trained.max_prompt_length},
+        "sampling": sampling,
+        "reading": "the first JSON object with length, width, height (reward.read_answer); sort before comparing",
+        "example": {"text": group.sample.text, "photos": len(group.sample.photos), "prompt_ids": ids,
+                    "prompt": policy.tokenizer.decode(ids), "greedy_answer": group.answers[0]},
+    }
+
+
+def _update_json(path: Path, content: dict[str, Any]) -> None:
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    earlier.pop("_from_model_config", None)  # it would let transformers throw these settings away
+    path.write_text(json.dumps(earlier | content, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def choose_samples(options: ExportOptions, trained: TrainOptions) -> list[Sample]:
@@ -80,7 +114,7 @@ def answer(policy: Policy, samples: Sequence[Sample], trained: TrainOptions) -> 
                             max_prompt_length=trained.max_prompt_length)
     groups, failures = rollout_groups(encoder, samples, 1, None, trained.max_length, "export", 1)
     if failures:
-        raise DataError(f"not answered, so the merge can't be checked: {failures[0]}")
+        raise DataError(f"not answered, so the export can't be checked: {failures[0]}")
     return groups
 
 
@@ -90,8 +124,8 @@ def compare_answers(expected: Sequence[Group], found: Sequence[Group]) -> float:
     for one, other in zip(expected, found, strict=True):
         if not torch.equal(one.completions[one.action_mask], other.completions[other.action_mask]):
             sample = one.sample
-            raise ModelError(f"the merged model answers otherwise, so nothing is written. {sample.sheet} row "
-                             f"{sample.row}: base + adapter {one.answers[0]!r}, merged {other.answers[0]!r}")
+            raise ModelError(f"the written model answers otherwise, so nothing is kept. {sample.sheet} row "
+                             f"{sample.row}: checkpoint {one.answers[0]!r}, written {other.answers[0]!r}")
         gaps.append(float((one.old_log_probs - other.old_log_probs).abs().max()))
     return max(gaps)
 

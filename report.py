@@ -1,8 +1,7 @@
-"""Records -> what people read: a console table, a sheet, JSON, a curve."""
+"""A comparison's report, or records -> what people read: a console table, sheets, JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,51 +9,21 @@ from openpyxl import Workbook
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 from openpyxl.styles import Font
 
-from evaluation import Record
+from comparison import SAME_WITHIN
+from evaluation import FIGURES, Record
 
-SAME_WITHIN = 0.01  # a product whose mean reward moved by less counts as unchanged
-
-_ROWS = (("mean_reward", "mean reward", "{:.3f}"), ("success_rate", "reward >= 0.9", "{:.1%}"),
-         ("failure_rate", "reward < 0.3", "{:.1%}"), ("zero_rate", "reward 0", "{:.1%}"),
-         ("valid_rate", "readable answers", "{:.1%}"))
+_ON_CONSOLE = ("mean_reward", "success_rate", "failure_rate", "zero_rate", "within_10", "volume_error", "valid_rate")
 
 
 def summary_table(summaries: Mapping[str, Mapping[str, float]]) -> str:
-    """Lay figures out as a table: a row a figure, a column a model."""
-    width = max(14, *(len(name) + 2 for name in summaries))
-    lines = [" " * 20 + "".join(f"{name:>{width}}" for name in summaries)]
-    for key, title, form in _ROWS:
-        cells = (form.format(summary[key]) for summary in summaries.values())
-        lines.append(f"{title:<20}" + "".join(f"{cell:>{width}}" for cell in cells))
+    """Lay the main figures out as a table: a row a figure, a column a model."""
+    widths = {name: max(10, len(name) + 2) for name in summaries}
+    lines = [" " * 20 + "".join(f"{name:>{width}}" for name, width in widths.items())]
+    for key in _ON_CONSOLE:
+        if all(key in summary for summary in summaries.values()):
+            cells = (f"{FIGURES[key].form.format(summary[key]):>{widths[name]}}" for name, summary in summaries.items())
+            lines.append(f"{FIGURES[key].title:<20}" + "".join(cells))
     return "\n".join(lines)
-
-
-def compare_products(before: Sequence[Record], after: Sequence[Record]) -> list[dict[str, Any]]:
-    """Pair records by row: one line a product, in the sheet's order. Products that only one side answered are left
-    out here; the caller reports them."""
-    answered = {record.key: record for record in after}
-    lines = []
-    for record in before:
-        other = answered.get(record.key)
-        if other is None:
-            continue
-        lines.append({
-            **_product(record), "label_cm": sizes_text(sorted(record.sample.label, reverse=True)),
-            "reward_before": record.reward, "reward_after": other.reward, "change": other.reward - record.reward,
-            **_best(record, "before"), **_best(other, "after"),
-            "rewards_before": record.rewards, "rewards_after": other.rewards,
-        })
-    return lines
-
-
-def _product(record: Record) -> dict[str, Any]:
-    return {"row": record.sample.row, "product_id": record.sample.product_id, "text": record.sample.text,
-            "photos": len(record.sample.photos)}
-
-
-def _best(record: Record, when: str) -> dict[str, str]:
-    best = max(range(len(record.parts)), key=lambda index: record.parts[index].reward)
-    return {f"best_answer_{when}": record.answers[best], f"best_read_{when}": sizes_text(record.parts[best].sizes)}
 
 
 def sizes_text(sizes: Sequence[float]) -> str:
@@ -62,44 +31,99 @@ def sizes_text(sizes: Sequence[float]) -> str:
     return " x ".join(f"{size:g}" for size in sizes)
 
 
-def product_line(line: Mapping[str, Any]) -> str:
-    """Say on one line how one product's answers changed."""
-    return (f"row {line['row']:<5} {line['reward_before']:.3f} -> {line['reward_after']:.3f} ({line['change']:+.3f})  "
-            f"label {line['label_cm']}  best read {line['best_read_after'] or '-'}")
+def product_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Flatten a report's products for a sheet: one line a product, the first two models' answers side by side."""
+    rows = []
+    for product in report["products"]:
+        row = {name: product[name] for name in ("row", "product_id", "category", "text")}
+        row |= {"photos": len(product["photos"]), "label_cm": sizes_text(product["label"]), "change": product["change"]}
+        for name, model in product["models"].items():
+            agreed = model["answers"][model["agreed"]]
+            row |= {f"reward {name}": model["reward"], f"confidence {name}": model["confidence"],
+                    f"read {name}": sizes_text(agreed["sizes"]), f"answer {name}": agreed["answer"],
+                    f"rewards {name}": [answer["reward"] for answer in model["answers"]]}
+        rows.append(row)
+    return rows
 
 
-def answer_line(record: Record) -> dict[str, Any]:
-    """Describe one product's first answer: sizes in cm, largest first; the reward only where there is a label."""
-    parts = record.parts[0]
+def review_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List the products that the second model should not be trusted with unseen, the least sure first."""
+    name = report["models"][1]["name"]
+    accepted = report["confidence"].get(name, {}).get("accept")
+    rows = [row for row in product_rows(report) if row[f"confidence {name}"] is not None
+            and not (accepted and row[f"confidence {name}"] >= accepted["threshold"])]
+    return sorted(rows, key=lambda row: row[f"confidence {name}"])
+
+
+def tables(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The sheets of a report: figures, products, those to review, groups."""
+    figures = [{"model": name, **summary} for name, summary in report["summary"].items()]
+    groups = [{**{name: line[name] for name in ("by", "value", "products", "change", "interval")}, **line["rewards"]}
+              for line in report["groups"]]
+    return {"summary": figures, "products": product_rows(report), "review": review_rows(report), "groups": groups}
+
+
+def answer_line(record: Record, accept_at: float | None = None) -> dict[str, Any]:
+    """Describe one product's answer, of several the one that agrees most with the others: sizes in cm, largest first,
+    confidence, and whether a person should look (below accept_at or unreadable); the reward only with a label."""
+    index, sure = record.agreed()
+    parts, labelled = record.parts[index], bool(record.sample.label)
     sizes = [*parts.sizes, None, None, None][:3]
-    return {**_product(record), "answer": record.answers[0],
-            **{f"size_{index}_cm": size for index, size in enumerate(sizes, start=1)},
-            "problem": parts.reason if record.sample.label or not parts.sizes else "",
+    review = not parts.sizes or accept_at is not None and sure is not None and sure < accept_at
+    return {"answer": record.answers[index], **{f"size_{place}_cm": size for place, size in enumerate(sizes, start=1)},
+            "confidence": sure, "review": "yes" if review else "",
+            "problem": parts.reason if labelled or not parts.sizes else "",
             "label_cm": sizes_text(sorted(record.sample.label, reverse=True)),
-            "reward": parts.reward if record.sample.label else None}
+            "reward": parts.reward if labelled else None}
 
 
-def change_lines(products: Sequence[Mapping[str, Any]], shown: int = 5) -> str:
-    """Say how many products improved, and name the largest gains and losses."""
-    changes = [line["change"] for line in products]
-    improved = sum(change > SAME_WITHIN for change in changes)
-    worse = sum(change < -SAME_WITHIN for change in changes)
-    lines = [f"products: {improved} improved, {worse} worse, {len(changes) - improved - worse} the same "
+def change_lines(report: Mapping[str, Any], shown: int = 5) -> str:
+    """Say how far the mean reward moved and how sure that is, and name the largest gains and losses."""
+    before, after = (model["name"] for model in report["models"][:2])
+    change, products = report["change"][after], report["products"]
+    low, high = change["interval"]
+    lines = [f"mean reward {change['mean']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, "
+             f"paired test p = {change['p_value']:.2g}",
+             f"products: {change['better']} improved, {change['worse']} worse, {change['same']} the same "
              f"(within {SAME_WITHIN})"]
-    ordered = sorted(products, key=lambda line: line["change"], reverse=True)
-    gains = [line for line in ordered if line["change"] > SAME_WITHIN][:shown]
-    losses = [line for line in reversed(ordered) if line["change"] < -SAME_WITHIN][:shown]
+    ordered = sorted(products, key=lambda product: product["change"], reverse=True)
+    gains = [product for product in ordered if product["change"] > SAME_WITHIN][:shown]
+    losses = [product for product in reversed(ordered) if product["change"] < -SAME_WITHIN][:shown]
     for title, part in (("largest gains", gains), ("largest losses", losses)):
         if part:
             lines.append(f"{title}:")
-            lines += ["  " + product_line(line) for line in part]
+            lines += ["  " + product_line(product, before, after) for product in part]
     return "\n".join(lines)
+
+
+def product_line(product: Mapping[str, Any], before: str, after: str) -> str:
+    """Say on one line how one product's answers changed."""
+    one, two = (product["models"][name] for name in (before, after))
+    return (f"row {product['row']:<5} {one['reward']:.3f} -> {two['reward']:.3f} ({product['change']:+.3f})  label "
+            f"{sizes_text(product['label'])}  read {sizes_text(two['answers'][two['agreed']]['sizes']) or '-'}")
+
+
+def confidence_line(report: Mapping[str, Any]) -> str:
+    """Say which answers of the second model can be taken unseen."""
+    found = report["confidence"].get(report["models"][1]["name"])
+    if found is None:
+        return "confidence: sample more than one answer a product (--num_samples) to have it"
+    accept = found["accept"]
+    if accept is None:
+        return f"confidence: no threshold keeps wrong answers under {found['promise']:.0%} with these products"
+    return (f"confidence: accept from {accept['threshold']:.3f} on: {accept['coverage']:.0%} of products, "
+            f"{accept['wrong']} of {accept['accepted']} wrong, at most {accept['at_most']:.1%} (95 %)")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; half of a surrogate pair, which UTF-8 can't hold, becomes a ?."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors="replace")
     partial.replace(path)
 
 
@@ -129,32 +153,3 @@ def _write_cell(cell: Any, value: Any) -> None:
         cell.data_type = "s"
     else:
         cell.value = value
-
-
-_COLOURS = ("#9aa5b1", "#1f6feb", "#d1495b")
-
-
-def curve_svg(series: Mapping[str, Sequence[tuple[int, float]]], title: str) -> str:
-    """Draw rewards over steps as an SVG of 640 x 360. series: name -> (step, value in [0, 1]) in order of steps."""
-    last_step = max((step for points in series.values() for step, _ in points), default=0) or 1
-    left, right, top, bottom = 48, 624, 40, 312
-
-    def at(step: int, value: float) -> str:
-        return f"{left + (right - left) * step / last_step:.1f},{bottom - (bottom - top) * value:.1f}"
-
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 360" font-family="sans-serif" font-size="12">',
-             '<rect width="640" height="360" fill="white"/>',
-             f'<text x="{left}" y="22" font-size="14">{escape(title)}</text>']
-    for tenth in range(0, 11, 2):
-        y = bottom - (bottom - top) * tenth / 10
-        parts.append(f'<path d="M{left} {y}H{right}" stroke="#e4e7eb"/>'
-                     f'<text x="16" y="{y + 4}">{tenth / 10:.1f}</text>')
-    for index, (name, points) in enumerate(series.items()):
-        colour = _COLOURS[index % len(_COLOURS)]
-        line = " ".join(at(step, value) for step, value in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<rect x="{left + 190 * index}" y="336" width="14" height="4" fill="{colour}"/>'
-                     f'<text x="{left + 190 * index + 20}" y="342">{escape(name)}</text>')
-    parts.append(f'<text x="{left}" y="328">0</text>'
-                 f'<text x="{right}" y="328" text-anchor="end">step {last_step}</text>')
-    return "\n".join([*parts, "</svg>", ""])

@@ -9,7 +9,7 @@ Every scan is linear and the search for JSON is bounded: a hostile answer of 10,
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -54,6 +54,7 @@ class Reading:
 
     sizes: tuple[float | None, ...]
     reason: str = ""
+    units: tuple[str, ...] = field(default=(), compare=False)  # as found, or cm where none is stated
 
     @property
     def valid(self) -> bool:
@@ -62,13 +63,17 @@ class Reading:
 
 @dataclass(frozen=True)
 class RewardParts:
-    """A reward and what it is made of: sizes in cm, descending; one error per label dimension, largest first."""
+    """A reward and what it is made of: sizes in cm, descending; one error per label dimension, largest first.
+
+    named: the parts of a reward of the user's own, weighted; their sum is then the reward.
+    """
 
     reward: float
     sizes: tuple[float, ...]
     errors: tuple[float, ...]
     valid: bool
     reason: str
+    named: tuple[tuple[str, float], ...] = ()
 
 
 def calculate_reward(answer: str, sample_label: str | Sequence[float]) -> float:
@@ -104,7 +109,8 @@ def read_answer(answer: str) -> Reading:
         if unit_name(unit) not in UNITS:
             return Reading((), f"the unit {unit_name(unit)[:40]!r} is not a known unit of length")
     sizes = tuple(None if number is None else to_cm(number, unit_name(unit)) for number, unit in slots)
-    return Reading(sizes, "" if any(size is not None for size in sizes) else "the answer holds no readable size")
+    return Reading(sizes, "" if any(size is not None for size in sizes) else "the answer holds no readable size",
+                   tuple(unit_name(unit) for _, unit in slots))
 
 
 def _find_object(text: str) -> tuple[tuple | None, bool]:
@@ -215,3 +221,11 @@ def _is_negative(text: str, start: int) -> bool:
     """Tell the sign of -8 from the separator of 12-8-15 and 12cm-8cm."""
     before, sign = text[max(start - 2, 0):start - 1], text[max(start - 1, 0):start]
     return sign in ("-", "−") and not (before.isalnum() or before in ('"', "″", "”", ")", "]"))
+
+
+if __name__ == "__main__":
+    import sys
+
+    from doctor import main
+
+    sys.exit(main(sys.argv[1:]))

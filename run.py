@@ -1,13 +1,14 @@
 """Compare the model before and after training on the same held-out products.
 
-    python run.py --checkpoint_path outputs/demo/step_000420 [--ablate]
+    python run.py --checkpoint_path outputs/demo/step_000420 [--ablate] [--also outputs/demo/step_000210]
 
-Prompt, photo budget, parser and sampling are those the checkpoint was trained with. Writes compare.xlsx and
-compare.json beside the checkpoint and prints the table.
+Prompt, photo budget, parser, reward and sampling are those the checkpoint was trained with. Writes compare.html (the
+page to show), compare.xlsx and compare.json beside the checkpoint and prints the table.
 """
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,54 +21,140 @@ if __name__ == "__main__":
 import torch
 from loguru import logger
 
-from checkpoint import options_of
+from charts import curve_svg
+from checkpoint import open_model, options_of, scorer_of
+from comparison import Answers, build_report
 from data import DataError, Sample, load_samples, require_usable, split_held_out, summarise_problems
-from evaluation import Record, ablations, evaluate, summarise
+from evaluation import Record, ablations, evaluate
 from family import ModelError
-from policy import load_policy
+from own_reward import Scorer
+from page import write_page
+from policy import Policy
 from prompts import read_template
-from report import change_lines, compare_products, curve_svg, product_line, summary_table, write_json, write_sheet
+from report import change_lines, confidence_line, summary_table, tables, write_json, write_sheet, write_text
 from rollout import PromptEncoder
+
+# What decides how a model answers; the prompt is compared by its text.
+_ANSWERING = ("prompt_language", "max_slice_nums", "max_pixels", "max_prompt_length", "max_length", "temperature",
+              "dtype", "quantize")
 
 
 def compare(options: CompareOptions) -> None:
-    """Answer with the model before and after, and write and print how they differ."""
+    """Answer with each model, and write and print how they differ."""
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     trained = training_options(options)
+    names_of(options.also)  # refuses what is given twice before any model answers
     samples = choose_samples(options, trained)
-    before_path = options.model_path or trained.model_path
-    policy = load_policy(before_path, trained, options.device, options.trust_remote_code)
-    make_encoder = partial(PromptEncoder, policy, trained.prompt_language, read_template(trained.prompt_file),
-                           trained.prompt_cache_mb, trained.max_prompt_length)
-    encoder = make_encoder()
-
-    results: dict[str, list[Record]] = {"before": answer(encoder, samples, options, trained)}
-    policy.load_weights(options.checkpoint_path)
-    results["after"] = answer(encoder, samples, options, trained)
-    if options.ablate:
-        for name, (blind, others) in ablations(samples, make_encoder).items():
-            results[name] = answer(blind, others, options, trained)
-
-    summaries = {name: summarise(records) for name, records in results.items()}
-    products = compare_products(results["before"], results["after"])
-    output_dir = Path(options.output_dir) if options.output_dir else Path(options.checkpoint_path).parent / "compare"
-    output_dir.mkdir(parents=True, exist_ok=True)
-    settings = {"before": before_path, "after": options.checkpoint_path, "rows": options.rows,
-                "temperature": None if options.greedy else trained.temperature,
-                "num_samples": 1 if options.greedy else options.num_samples, "seed": options.seed,
-                "trained_with": asdict(trained)}
-    write_json(output_dir / "compare.json", {"settings": settings, "summary": summaries, "products": products})
-    write_sheet(output_dir / "compare.xlsx", {
-        "summary": [{"model": name, **summary} for name, summary in summaries.items()], "products": products})
+    scorer = scorer_of(trained, options.reward, options.trust_remote_code)
+    logger.info(scorer.check(samples[0]))
+    answers = [*answers_of_run(options, trained, samples, scorer), *answers_of_also(options, trained, samples, scorer)]
+    report = build_report(answers, settings(options, trained), options.accept_error)
     curve = read_curve(Path(trained.log_dir))
+    folder = Path(options.output_dir) if options.output_dir else Path(options.checkpoint_path).parent / "compare"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "compare.json", report | {"curve": curve})
+    write_sheet(folder / "compare.xlsx", tables(report))
+    write_page(folder / "compare.html", report, curve)
     if curve:
-        (output_dir / "curve.svg").write_text(curve_svg(curve, "mean reward over training steps"), encoding="utf-8")
-    for line in products:
-        logger.info(product_line(line))
-    print(f"\n{how_answered(settings)}\n{summary_table(summaries)}\n\n{change_lines(products)}\n\n"
-          f"report: {output_dir / 'compare.xlsx'}, compare.json{', curve.svg' if curve else ''}\n"
+        write_text(folder / "curve.svg", curve_svg(curve, "mean reward over training steps"))
+    print(f"\n{report['settings']['how']}\n{summary_table(report['summary'])}\n\n{change_lines(report)}\n"
+          f"{confidence_line(report)}\nreport: {folder / 'compare.html'}, compare.xlsx, compare.json\n"
           f"curves: tensorboard --logdir {trained.log_dir}")
+
+
+def answers_of_run(options: CompareOptions, trained: TrainOptions, samples: Sequence[Sample], scorer: Scorer
+                   ) -> Iterator[Answers]:
+    """Answer with the model before, the one after and, with --ablate, the one after without the right photos."""
+    before_path = options.model_path or trained.model_path
+    policy = open_model(before_path, None, trained, options.device, options.trust_remote_code)
+    answered = partial(answer, samples=samples, options=options, scorer=scorer)
+    yield Answers("before", "before", before_path, *answered(make_encoder(policy, trained), trained))
+    policy.load_weights(options.checkpoint_path)
+    yield Answers("after", "after", options.checkpoint_path, *answered(make_encoder(policy, trained), trained))
+    if options.ablate:
+        for name, (encoder, others) in ablations(samples, partial(make_encoder, policy, trained)).items():
+            sampled, greedy = answered(encoder, trained, samples=others, both=False)
+            yield Answers(name, "ablation", options.checkpoint_path, sampled, greedy)
+
+
+def answers_of_also(options: CompareOptions, trained: TrainOptions, samples: Sequence[Sample], scorer: Scorer
+                    ) -> Iterator[Answers]:
+    """Answer with the models of --also, each with its own options where it has any."""
+    for path, name in zip(options.also, names_of(options.also), strict=True):
+        own = options_of(path)
+        notes = differences(own, trained) if own else (
+            "no options.yaml beside it: answered with the prompt and options of the model after",)
+        policy = open_model("", path, own or trained, options.device, options.trust_remote_code)
+        for note in notes:
+            logger.warning(f"{path}: {note}")
+        sampled, greedy = answer(make_encoder(policy, own or trained), own or trained, samples, options, scorer)
+        del policy  # one model in memory at a time
+        yield Answers(name, "also", path, sampled, greedy, notes)
+
+
+def make_encoder(policy: Policy, trained: TrainOptions, **more: object) -> PromptEncoder:
+    """Prepare prompts as in training."""
+    return PromptEncoder(policy, trained.prompt_language, read_template(trained.prompt_file), trained.prompt_cache_mb,
+                         trained.max_prompt_length, **more)
+
+
+def names_of(paths: Sequence[str]) -> list[str]:
+    """Name each of --also by the end of its path, as much of it as tells them apart."""
+    parts = [Path(path).parts for path in paths]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names) and not {"before", "after"} & set(names):
+            return names
+    if parts:
+        raise OptionError(f"--also {' '.join(paths)}: one of them is given twice")
+    return []
+
+
+def differences(own: TrainOptions, trained: TrainOptions) -> tuple[str, ...]:
+    """Say which of the options that decide an answer differ from those of the model after."""
+    notes = [f"answered with its own --{name} {getattr(own, name)}; the model after has {getattr(trained, name)}"
+             for name in _ANSWERING if getattr(own, name) != getattr(trained, name)]
+    if read_template(own.prompt_file) != read_template(trained.prompt_file):
+        notes.append(f"answered with its own prompt, {own.prompt_file or 'the built-in one'}; the model after has "
+                     f"{trained.prompt_file or 'the built-in one'}")
+    if own.reward != trained.reward:
+        notes.append(f"trained for another reward, {' + '.join(own.reward) or 'size'}; scored here as the others are")
+    return tuple(notes)
+
+
+def answer(encoder: PromptEncoder, trained: TrainOptions, samples: Sequence[Sample], options: CompareOptions,
+           scorer: Scorer, both: bool = True) -> tuple[list[Record], list[Record]]:
+    """Answer all products, sampled and greedily; products that can't be answered are logged.
+
+    both: greedily too where answers are sampled.
+    """
+    results: list[list[Record]] = []
+    for temperature, wanted in ((trained.temperature, not options.greedy), (None, options.greedy or both)):
+        records, failures = evaluate(encoder, samples, options.num_samples, temperature, trained.max_length,
+                                     options.seed, options.eval_batch_size, scorer) if wanted else ([], [])
+        for failure in failures:
+            logger.warning(f"not answered: {failure}")
+        if wanted and not records:
+            raise DataError("no product could be answered; see the warnings above")
+        results.append(records)
+    return results[0], results[1]
+
+
+def settings(options: CompareOptions, trained: TrainOptions) -> dict:
+    """What a reader of the report needs to know of how it came about."""
+    how = "one greedy answer a product" if options.greedy else (
+        f"{options.num_samples} answers a product, sampled at temperature {trained.temperature}")
+    facts = [how, f"at most {trained.max_length} new tokens, seed {options.seed}",
+             f"reward: {' + '.join(options.reward or trained.reward) or 'size, the built-in one'}",
+             f"rows: {options.data_path or trained.eval_path or trained.data_path}"
+             + ("" if options.data_path else f", {options.rows.replace('_', ' ')}"),
+             f"training: {trained.max_steps} steps, learning rate {trained.lr:g}, kl_weight {trained.kl_weight:g}, "
+             f"{trained.batch_size} products x {trained.group_size} answers a step, seed {trained.seed}"]
+    return {"how": how, "rows": "named" if options.data_path else options.rows, "made": time.strftime("%Y-%m-%d %H:%M"),
+            "facts": facts, "promise": options.accept_error, "temperature": None if options.greedy else
+            trained.temperature, "num_samples": 1 if options.greedy else options.num_samples, "seed": options.seed,
+            "trained_with": asdict(trained)}
 
 
 def read_curve(log_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -116,25 +203,6 @@ def choose_samples(options: CompareOptions, trained: TrainOptions) -> list[Sampl
     elif own_sheet:
         logger.info(f"{path} was named on the command line: all its products are compared")
     return samples[:options.max_products]
-
-
-def answer(encoder: PromptEncoder, samples: Sequence[Sample], options: CompareOptions, trained: TrainOptions
-           ) -> list[Record]:
-    """Answer all products with the policy as it is now; products that can't be answered are logged."""
-    records, failures = evaluate(encoder, samples, options.num_samples, None if options.greedy else trained.temperature,
-                                 trained.max_length, options.seed, options.eval_batch_size)
-    for failure in failures:
-        logger.warning(f"not answered: {failure}")
-    if not records:
-        raise DataError("no product could be answered; see the warnings above")
-    return records
-
-
-def how_answered(settings: dict) -> str:
-    """One line that says how the answers came about."""
-    if settings["temperature"] is None:
-        return "one greedy answer a product"
-    return f"{settings['num_samples']} answers a product, sampled at temperature {settings['temperature']}"
 
 
 def main(options: CompareOptions) -> int:

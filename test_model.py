@@ -1,73 +1,132 @@
 """Try one model on one product, or on a sheet.
 
     python test_model.py --model_path demo/model --text "mug, grid 5 cm" --image front.png --image side.png
-    python test_model.py --model_path outputs/demo/step_000420 --data_path demo/held_out.xlsx
+    python test_model.py --model_path outputs/demo/step_000420 --data_path demo/held_out.xlsx --accept_at 0.93
 
-A checkpoint brings the prompt, photo budget and sampling it was trained with; an adapter brings the model under it.
+A checkpoint brings the prompt, photo budget and sampling it was trained with; an adapter brings the model under it. A
+sheet comes back with every row of it, in its order; a run that is killed goes on where it stopped when it is started
+again.
 """
 
+import hashlib
 import sys
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from config import AnswerOptions, OptionError, TrainOptions, parse_options, sheet_options
+from config import AnswerOptions, OptionError, SheetOptions, TrainOptions, parse_options, sheet_options
 
 if __name__ == "__main__":
     OPTIONS = parse_options(AnswerOptions, "Try one model on one product, or on a sheet.")
 
 import torch
 from loguru import logger
+from tqdm import tqdm
 
-from checkpoint import options_of
-from data import DataError, PhotoError, Sample, load_samples, require_usable, summarise_problems
-from evaluation import evaluate
+from checkpoint import open_model, options_of, scorer_of
+from data import (
+    DataError,
+    PhotoError,
+    Sample,
+    cached_photo_path,
+    load_samples,
+    require_usable,
+    summarise_problems,
+)
+from evaluation import Record, evaluate
 from family import ModelError
-from lora import base_of, is_adapter
-from policy import load_policy
+from journal import Journal
+from own_reward import Scorer
 from prompts import read_template
 from report import answer_line, sizes_text, write_sheet
 from reward import LabelError, RewardParts, parse_label
-from rollout import PromptEncoder
+from rollout import PromptEncoder, RolloutFailure
+from sheet import header_number
+from table import read_table
+
+_SECONDS, _LARGEST_PHOTO = 20, 30_000_000  # bytes
 
 
-def load(options: AnswerOptions) -> tuple[PromptEncoder, TrainOptions]:
-    """Load the model with the prompt and photo budget it was trained with, where that is known."""
-    if options.num_threads:
-        torch.set_num_threads(options.num_threads)
-    trained = options_of(options.checkpoint_path or options.model_path)
-    if trained is None:
-        logger.info("no options.yaml with this model: default prompt and photo budget")
-        trained = TrainOptions()
-    model_path, weights = options.model_path, options.checkpoint_path
-    if not weights and is_adapter(model_path):
-        model_path, weights = "", model_path
-    if not model_path:  # an adapter or a plain state dict needs the model it belongs to
-        whole = Path(weights).is_dir()
-        model_path = base_of(weights) if is_adapter(weights) else weights if whole else trained.model_path
-    policy = load_policy(model_path, trained, options.device, options.trust_remote_code)
-    if weights:
-        policy.load_weights(weights)
-    own_wording = options.prompt_file or options.prompt_language
-    template = read_template(options.prompt_file if own_wording else trained.prompt_file)
-    return PromptEncoder(policy, options.prompt_language or trained.prompt_language, template,
-                         trained.prompt_cache_mb, trained.max_prompt_length), trained
+class Answerer:
+    """A model with the prompt, photo budget, sampling and reward it was trained with, where that is known."""
+
+    def __init__(self, options: AnswerOptions):
+        if options.num_threads:
+            torch.set_num_threads(options.num_threads)
+        trained = options_of(options.checkpoint_path or options.model_path)
+        if trained is None:
+            logger.info("no options.yaml with this model: default prompt and photo budget")
+            trained = TrainOptions()
+        self.trained: TrainOptions = trained
+        self.scorer: Scorer = scorer_of(trained, options.reward, options.trust_remote_code)
+        policy = open_model(options.model_path, options.checkpoint_path, trained, options.device,
+                            options.trust_remote_code)
+        own_wording = options.prompt_file or options.prompt_language
+        template = read_template(options.prompt_file if own_wording else trained.prompt_file)
+        self.encoder = PromptEncoder(policy, options.prompt_language or trained.prompt_language, template,
+                                     trained.prompt_cache_mb, trained.max_prompt_length)
+        self.num_samples, self.seed = options.num_samples, options.seed
+        self.batch_size = options.eval_batch_size
+
+    def answer(self, samples: Sequence[Sample]) -> tuple[list[Record], list[RolloutFailure]]:
+        """Answer products; where memory runs out, fewer of them together, from then on."""
+        temperature = self.trained.temperature if self.num_samples > 1 else None
+        records, failures = evaluate(self.encoder, samples, self.num_samples, temperature, self.trained.max_length,
+                                     self.seed, self.batch_size, self.scorer)
+        starved = [failure for failure in failures if failure.reason.startswith("out of memory")]
+        if not starved or self.batch_size == 1:
+            return records, failures
+        self.batch_size //= 2
+        logger.warning(f"out of memory: {self.batch_size} products together from now on")
+        others = [failure for failure in failures if failure not in starved]
+        found, failures = self.answer([failure.sample for failure in starved])
+        return records + found, others + failures
 
 
 def answer_product(options: AnswerOptions) -> None:
     """Answer one product from the command line and print the answer, how it was read, and its reward."""
     label = parse_label(options.label) if options.label else ()
-    photos = tuple(Path(path) for path in options.image)
-    for path in photos:
-        if not path.is_file():
+    for path in options.image:
+        if not _is_address(path) and not Path(path).is_file():
             raise PhotoError(f"--image {path}: no such file")
-    encoder, trained = load(options)
+    answerer = Answerer(options)
+    cache = Path(options.image_cache_dir or answerer.trained.image_cache_dir)
+    photos = tuple(fetch_photo(path, cache) if _is_address(path) else Path(path) for path in options.image)
     sample = Sample(row=1, product_id="-", text=str(options.text), label=label, photos=photos, sheet="command line")
-    records, failures = evaluate(encoder, [sample], 1, trained.temperature if options.sample else None,
-                                 trained.max_length, options.seed, 1)
+    records, failures = answerer.answer([sample])
     if failures:
         raise DataError(failures[0].reason)
-    print(f"answer: {records[0].answers[0]}")
-    print(reading(records[0].parts[0], bool(label)))
+    index, sure = records[0].agreed()
+    print(f"answer: {records[0].answers[index]}")
+    print(reading(records[0].parts[index], bool(label)))
+    if sure is not None:
+        readings = ", ".join(sizes_text(parts.sizes) or "unreadable" for parts in records[0].parts)
+        print(f"confidence: {sure:.3f}, of {len(records[0].parts)} answers: {readings}")
+
+
+def _is_address(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
+
+
+def fetch_photo(address: str, cache_dir: Path) -> Path:
+    """Find a photo in the cache, or fetch it into it; raises PhotoError naming the address."""
+    path = cached_photo_path(address, cache_dir)
+    if path.is_file():
+        return path
+    try:
+        with urllib.request.urlopen(address, timeout=_SECONDS) as answer:
+            content = answer.read(_LARGEST_PHOTO + 1)
+    except (OSError, ValueError) as problem:
+        raise PhotoError(f"--image {address}: can't be fetched: {problem}") from problem
+    if len(content) > _LARGEST_PHOTO:
+        raise PhotoError(f"--image {address}: larger than {_LARGEST_PHOTO:,} bytes")
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+    return path
 
 
 def reading(parts: RewardParts, labelled: bool) -> str:
@@ -76,37 +135,93 @@ def reading(parts: RewardParts, labelled: bool) -> str:
     if labelled:
         errors = ", ".join(f"{error:.1%}" for error in parts.errors)
         lines.append(f"reward: {parts.reward:.4f} (errors, largest side first: {errors})")
+        lines += [f"        {name} {value:+.4f}" for name, value in parts.named]
     return "\n".join(lines)
 
 
 def answer_sheet(options: AnswerOptions) -> None:
-    """Answer every product of a sheet and write the sheet back with answers, sizes and rewards."""
-    encoder, trained = load(options)
-    data_path = str(options.data_path)
-    samples, problems = load_samples(data_path, options.image_cache_dir or trained.image_cache_dir,
-                                     trained.missing_photos, require_label=False,
-                                     reading=sheet_options(options, trained, own_sheet=True))
+    """Answer every product of a sheet and write the sheet back with answers, sizes and confidence beside each row."""
+    answerer, data_path = Answerer(options), str(options.data_path)
+    trained, cache = answerer.trained, options.image_cache_dir or answerer.trained.image_cache_dir
+    reading = sheet_options(options, trained, own_sheet=True)
+    samples, problems = load_samples(data_path, cache, trained.missing_photos, require_label=False,
+                                     reading=reading)
     if samples and problems:
         logger.warning(f"{data_path}: rows with problems\n{summarise_problems(problems)}")
-    require_usable(samples, problems, data_path, options.image_cache_dir or trained.image_cache_dir)
-    records, failures = evaluate(encoder, samples, 1, trained.temperature if options.sample else None,
-                                 trained.max_length, options.seed, options.eval_batch_size)
-    rows: list[dict[str, Any]] = [answer_line(record) for record in records]
-    notes = [{"row": problem.row, "product_id": problem.product_id, "problem": problem.problem} for problem in problems]
-    for failure in failures:
-        logger.warning(f"not answered: {failure}")
-        notes.append({"row": failure.sample.row, "product_id": failure.sample.product_id, "problem": failure.reason})
+    require_usable(samples, problems, data_path, cache)
     path = Path(options.output_path or Path(data_path).with_suffix(".answers.xlsx").name)
-    write_sheet(path, {"answers": rows, "problems": notes})
-    rewards = [line["reward"] for line in rows if line["reward"] is not None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal(path.with_name(path.name + ".journal"), made_with(options, trained))
+    if journal.done:
+        logger.info(f"going on from {journal.path}: {len(journal.done)} of {len(samples)} products are answered")
+    answer_rest(answerer, samples, journal, options)
+    noted: dict[int, list[str]] = {}
+    for problem in problems:
+        noted.setdefault(problem.row, []).append(problem.problem)
+    rows = list(rows_with_answers(Path(data_path), reading, journal.done, noted))
+    write_sheet(path, {"answers": rows, "review": [row for row in rows if row["review"]]})
+    journal.finish()
+    answered = [line for line in journal.done.values() if line["answer"] is not None]
+    rewards = [line["reward"] for line in answered if line["reward"] is not None]
     mean = f", mean reward {sum(rewards) / len(rewards):.3f} on {len(rewards)} labelled" if rewards else ""
-    print(f"{len(rows)} products answered{mean}; {len(failures)} not answered; written to {path}")
+    review = sum(bool(row["review"]) for row in rows)
+    print(f"{len(answered)} products answered{mean}; {len(rows) - len(answered)} not answered; {review} to review; "
+          f"written to {path}")
+
+
+def answer_rest(answerer: Answerer, samples: Sequence[Sample], journal: Journal, options: AnswerOptions) -> None:
+    """Answer the products that the journal lacks, noting each few of them as they are done."""
+    rest = [sample for sample in samples if sample.row not in journal.done]
+    with tqdm(total=len(samples), initial=len(samples) - len(rest), unit="product", disable=None) as bar:
+        for start in range(0, len(rest), options.eval_batch_size):
+            chunk = rest[start:start + options.eval_batch_size]
+            records, failures = answerer.answer(chunk)
+            for failure in failures:
+                logger.warning(f"not answered: {failure}")
+            journal.add([(record.sample.row, answer_line(record, options.accept_at)) for record in records]
+                        + [(failure.sample.row, no_answer(failure.reason)) for failure in failures])
+            bar.update(len(chunk))
+
+
+def no_answer(problem: str) -> dict[str, Any]:
+    """The line of a row that has no answer."""
+    return {"answer": None, "size_1_cm": None, "size_2_cm": None, "size_3_cm": None, "confidence": None,
+            "review": "yes", "problem": problem, "label_cm": "", "reward": None}
+
+
+def rows_with_answers(data_path: Path, sheet: SheetOptions, done: Mapping[int, dict[str, Any]],
+                      noted: Mapping[int, Sequence[str]]) -> Iterator[dict[str, Any]]:
+    """Put the answers beside the sheet's own columns: every row that is not blank, in the sheet's order."""
+    header = header_number(data_path, sheet, ("text",))
+    taken = {"row", *no_answer("")}
+    names: list[str] = []
+    for number, cells in read_table(data_path, sheet):
+        if number == header:
+            for place, column in enumerate(cells, start=1):
+                names.append(column if column and column not in taken else f"{column or 'column'} ({place})")
+                taken.add(names[-1])
+        elif number > header:
+            line = done.get(number) or no_answer("")
+            problems = [*noted.get(number, []), line["problem"]]
+            cells = [*cells, *[""] * (len(names) - len(cells))]
+            yield {"row": number, **dict(zip(names, cells, strict=False)), **line,
+                   "problem": "; ".join(filter(None, problems))}
+
+
+def made_with(options: AnswerOptions, trained: TrainOptions) -> dict[str, Any]:
+    """What the answers of a sheet depend on: a journal made with anything else is not gone on from."""
+    free = {"eval_batch_size", "num_threads", "device", "image_cache_dir", "output_path"}
+    weights = Path(options.checkpoint_path or options.model_path)
+    files = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights] if weights.is_file() else []
+    return {"options": {name: value for name, value in asdict(options).items() if name not in free},
+            "trained": asdict(trained), "sheet": hashlib.sha256(Path(str(options.data_path)).read_bytes()).hexdigest(),
+            "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]}
 
 
 def main(options: AnswerOptions) -> int:
     """Answer; problems that the user can mend end with one message and status 2."""
     logger.remove()
-    logger.add(sys.stderr, format="{level:<7} {message}")
+    logger.add(lambda line: tqdm.write(line, end="", file=sys.stderr), format="{level:<7} {message}")
     try:
         answer_product(options) if options.text is not None else answer_sheet(options)
     except LabelError as problem:

@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,11 +30,11 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 
 import torch
 from loguru import logger
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import find_resume, read_state, save_checkpoint
+from checkpoint import find_resume, keep_best, read_best, read_state, save_checkpoint
 from checks import count_kinds, leaks, look_over
+from curves import Curves, log_groups, log_held_out
 from data import (
     DataError,
     RowProblem,
@@ -54,9 +54,11 @@ from guard import check_fast_path
 from lora import is_adapter, rank_of
 from loss import VLM_GRPOLoss, group_advantages
 from models import DTYPES, choose_device, freeze, load_minicpm, load_weights
+from own_reward import Scorer
 from policy import Policy, load_policy
 from processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
 from prompts import read_template
+from provenance import write_start, write_summary
 from replay_buffer import ReplayBuffer, join_experiences, make_experience
 from reward import SUCCESS_REWARD
 from rollout import Group, PromptEncoder, rollout_groups
@@ -81,7 +83,8 @@ class Run:
     reference: Policy | None  # None when kl_weight is 0
     shares_vision: bool  # policy and reference have the same frozen vision: photos are encoded once for both
     encoder: PromptEncoder
-    writer: SummaryWriter | None  # None in all processes but the main one
+    scorer: Scorer
+    writer: Curves | None  # None in all processes but the main one
     products: list[Sample]
     held_out: list[Sample]
     start: int = 0  # steps done before this process
@@ -116,6 +119,7 @@ def train(options: TrainOptions) -> Path | None:
                 groups, failures = rollout_groups(run.encoder, products, options.group_size, options.temperature,
                                                   options.max_length, f"{options.seed}/{step}",
                                                   options.rollout_batch_size)
+                run.scorer.rescore(groups)
             with timed(seconds, "reference"):
                 buffer = fill_buffer(groups, run, options)
             with timed(seconds, "update"):
@@ -123,14 +127,25 @@ def train(options: TrainOptions) -> Path | None:
                 metrics = update(run.learner, buffer, options, step)
             metrics |= describe(groups, failures, run.processes) | {"lr": rate}
             run.bad_steps = run.bad_steps + 1 if metrics["skipped_minibatches"] or "returns" not in metrics else 0
-            log_step(run.writer, step + 1, options.max_steps, metrics, seconds)
+            if run.writer:
+                log_step(run.writer, step + 1, options.max_steps, metrics, seconds)
+                log_groups(run.writer, groups, buffer.items, options, step + 1)
             bar.update(per_step)
-            finish_step(run, options, step + 1, interruption)
+            if finish_step(run, options, step + 1, interruption):
+                break
     bar.close()
     if run.writer:
-        run.writer.close()
-    logger.info(f"done: {run.last_saved}; curves: tensorboard --logdir {options.log_dir}")
+        close(run, options)
     return run.last_saved
+
+
+def close(run: Run, options: TrainOptions) -> None:
+    """Say where everything is; in the main process."""
+    run.writer.close()
+    best = read_best(options.output_dir)
+    best_said = f", the best held-out reward at step {best['step']}" if best else ""
+    write_summary(options.output_dir, last_checkpoint=str(run.last_saved), best=best, done=True)
+    logger.info(f"done: {run.last_saved}{best_said}; curves: tensorboard --logdir {options.log_dir}")
 
 
 def products_at(step: int, run: Run, options: TrainOptions) -> list[Sample]:
@@ -140,20 +155,35 @@ def products_at(step: int, run: Run, options: TrainOptions) -> list[Sample]:
                              run.processes.world)]
 
 
-def finish_step(run: Run, options: TrainOptions, step: int, interruption: Interruption) -> None:
-    """After `step` steps: evaluate and save when it is time; stop a run that was told to or has gone bad."""
-    last = step == options.max_steps
+def finish_step(run: Run, options: TrainOptions, step: int, interruption: Interruption) -> bool:
+    """After `step` steps: evaluate and save when it is time; returns whether the run should end early.
+
+    Stops a run that was told to or has gone bad.
+    """
+    last, stop = step == options.max_steps, False
     if run.bad_steps >= options.max_bad_steps:
         raise BadRun(f"{run.bad_steps} steps in a row gave nothing to learn from (see the warnings above): stopped at "
                      f"step {step}; the last checkpoint is {run.last_saved}")
-    stop = run.processes.most(interruption.signal)
-    if options.eval_every and run.held_out and (step % options.eval_every == 0 or last) and not stop:
-        log_evaluation(run, options, step)
-    if step % options.save_every == 0 or last or stop:
+    signalled = run.processes.most(interruption.signal)
+    if options.eval_every and run.held_out and (step % options.eval_every == 0 or last) and not signalled:
+        summary = log_evaluation(run, options, step)
+        if summary and keep_if_best(run, options, step, summary["mean_reward"]):
+            logger.info(f"stopping at step {step}: no better held-out reward for {options.stop_after} evaluations")
+            stop = True
+    if step % options.save_every == 0 or last or stop or signalled:
         save(run, options, step)
-    if stop and not last:
-        raise Interrupted(f"{signal.Signals(stop).name}: stopped after step {step}; go on with --resume auto from "
+    if signalled and not last:
+        raise Interrupted(f"{signal.Signals(signalled).name}: stopped after step {step}; go on with --resume auto from "
                           f"{run.last_saved}")
+    return stop
+
+
+def keep_if_best(run: Run, options: TrainOptions, step: int, reward: float) -> bool:
+    """Keep the weights apart if their held-out reward is the best so far; returns whether to stop for lack of one."""
+    best = run.processes.once(lambda: read_best(options.output_dir))
+    better = best is None or reward > best["mean_reward"]
+    weights = whole_weights(run.policy, keep=run.processes.main) if better and run.learner.sharded else None
+    return run.processes.once(lambda: keep_best(run.policy, options, step, reward, weights))
 
 
 def save(run: Run, options: TrainOptions, step: int) -> None:
@@ -171,6 +201,8 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
         torch.set_num_threads(options.num_threads)
     torch.manual_seed(options.seed)
     products, held_out = load_products(options)
+    scorer = Scorer(options.reward)
+    logger.info(scorer.check(products[0]))
     resume_from = processes.once(lambda: find_resume(options), OptionError)
     policy, reference, shares_vision = load_models(options, resume_from)
     parameters = set_trainable(policy, options.train_vision)
@@ -186,14 +218,14 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     learner = Learner(policy, parameters, make_optimizer(parameters, options),
                       VLM_GRPOLoss(options.clip_eps, options.kl_weight, options.clip_eps_high, options.loss_type,
                                    options.max_length, options.mask_truncated), processes, idle)
-    run = Run(learner, reference, shares_vision, encoder, None, products, held_out, last_saved=resume_from)
+    run = Run(learner, reference, shares_vision, encoder, scorer, None, products, held_out, last_saved=resume_from)
     if resume_from:
         take_up(run, options, resume_from)
     if processes.main:
         write_options(options, Path(options.output_dir) / "options.yaml")
-        run.writer = SummaryWriter(options.log_dir, purge_step=run.start + 1 if resume_from else 0)
-        run.writer.add_text("options", "\n".join(f"    {name}: {value}" for name, value in asdict(options).items()),
-                            run.start)
+        write_start(options, products, held_out, run.start)
+        run.writer = Curves(options.log_dir, purge_step=run.start + 1 if resume_from else 0)
+        run.writer.log_options(options, run.start)
     if options.eval_every and held_out and not resume_from:
         log_evaluation(run, options, 0)
     return run
@@ -364,11 +396,8 @@ def describe(groups: Sequence[Group], failures: Sequence[Any], processes: Proces
     }
 
 
-def log_step(writer: SummaryWriter | None, step: int, steps: int, metrics: dict[str, float],
-             seconds: dict[str, float]) -> None:
-    """One line on the console and in train.log, one point a curve in TensorBoard; in the main process."""
-    if writer is None:
-        return
+def log_step(writer: Curves, step: int, steps: int, metrics: dict[str, float], seconds: dict[str, float]) -> None:
+    """One line on the console and in train.log, one point a curve in TensorBoard."""
     for name, value in metrics.items():
         writer.add_scalar(name, value, step)
     for name, value in seconds.items():
@@ -382,21 +411,27 @@ def log_step(writer: SummaryWriter | None, step: int, steps: int, metrics: dict[
     logger.info(" | ".join([*said, f"{sum(seconds.values()):.2f} s"]))
 
 
-def log_evaluation(run: Run, options: TrainOptions, step: int) -> None:
-    """Answer the held-out products at the training temperature, each process its share, and log how good they are."""
+def log_evaluation(run: Run, options: TrainOptions, step: int) -> dict[str, float]:
+    """Answer the held-out products at the training temperature, each process its share; log and return how good the
+    answers are."""
     with gathered(run.policy):
         records, failures = evaluate(run.encoder, run.held_out[run.processes.rank::run.processes.world],
                                      options.eval_samples, options.temperature, options.max_length, options.seed,
-                                     options.rollout_batch_size)
+                                     options.rollout_batch_size, run.scorer)
+        if run.writer:
+            log_held_out(run.writer, run.encoder, run.held_out, options, run.scorer, step)
     for failure in failures:
         logger.warning(f"held-out: {failure}")
     summary = summarise([record for share in run.processes.gather(records) for record in share])
-    if run.writer is None or not summary:
-        return
+    if run.writer is None:
+        return summary
     for name, value in summary.items():
         run.writer.add_scalar(f"held_out/{name}", value, step)
-    logger.info(f"held-out after step {step}: reward {summary['mean_reward']:.3f} | >=0.9 "
-                f"{summary['success_rate']:.0%} | zero {summary['zero_rate']:.1%} | {summary['products']} products")
+    if summary:
+        logger.info(f"held-out after step {step}: reward {summary['mean_reward']:.3f} | >=0.9 "
+                    f"{summary['success_rate']:.0%} | zero {summary['zero_rate']:.1%} | {summary['products']} products")
+    write_summary(options.output_dir, step=step, held_out=summary)
+    return summary
 
 
 @contextmanager

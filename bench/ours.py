@@ -11,6 +11,7 @@ from config import TrainOptions
 from data import Sample
 from loss import VLM_GRPOLoss
 from meter import Meter
+from own_reward import Scorer
 from rollout import Group, PromptEncoder, rollout_groups
 from train_vlm_parallel import Run, fill_buffer, load_models
 from trainable import set_trainable
@@ -32,7 +33,7 @@ def make_run(options: TrainOptions, template: str | None = TEMPLATE) -> Run:
     parameters = set_trainable(policy, options.train_vision)
     objective = VLM_GRPOLoss(options.clip_eps, options.kl_weight, max_length=options.max_length)
     learner = Learner(policy, parameters, make_optimizer(parameters, options), objective)
-    return Run(learner, reference, shares_vision, PromptEncoder(policy, template=template), None, [], [])
+    return Run(learner, reference, shares_vision, PromptEncoder(policy, template=template), Scorer(), None, [], [])
 
 
 def our_step(run: Run, options: TrainOptions, step: int, meter: Meter, rewards: Sequence[float] | None = None

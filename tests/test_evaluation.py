@@ -7,9 +7,20 @@ from xml.etree import ElementTree
 import pytest
 from openpyxl import load_workbook
 
+from charts import curve_svg
+from comparison import Answers, build_report, histogram
 from data import Sample
 from evaluation import Record, summarise, with_other_photos
-from report import answer_line, change_lines, compare_products, curve_svg, summary_table, write_json, write_sheet
+from report import (
+    answer_line,
+    change_lines,
+    confidence_line,
+    review_rows,
+    summary_table,
+    tables,
+    write_json,
+    write_sheet,
+)
 from reward import score_answer
 
 
@@ -31,16 +42,71 @@ def test_summary():
     assert summarise([]) == {}
 
 
+def test_size_figures():
+    slip = '{"length": 150, "width": 120, "height": 80}'
+    summary = summarise([record(2, [GOOD, FAIR]), record(3, [slip, "no idea"]), record(4, [GOOD], (15.0, 12.0))])
+    # errors, largest side first, of the five answers: 0 0 0, 0 0.1 (8 -> 4 is 0.5): see below, 9 9 9, 1 1 1, 0 0
+    assert summary["within_5"] == 2 / 5 and summary["slip_rate"] == 1 / 5 and summary["valid_rate"] == 4 / 5
+    assert (summary["largest_error"], summary["middle_error"], summary["smallest_error"]) == (0, 0.5, 0.5)
+    assert summary["volume_error"] == pytest.approx((0.5 + 1) / 2)  # 0, 0.5, 999 and 1; none for two sizes
+    assert "volume_error" not in summarise([record(2, [GOOD], (15.0, 12.0))])
+
+
+def report_of(before, after):
+    answers = [Answers("before", "before", "a", before, []), Answers("after", "after", "b", after, [])]
+    return build_report(answers, {"promise": 0.2}, 0.2)
+
+
 def test_comparison_pairs_rows():
-    before = [record(2, [POOR, POOR]), record(3, [GOOD]), record(4, [FAIR]), record(5, [GOOD])]
-    after = [record(4, [FAIR]), record(3, [POOR]), record(2, [GOOD, POOR])]
-    lines = compare_products(before, after)
-    assert [line["row"] for line in lines] == [2, 3, 4]
-    assert [line["change"] for line in lines] == pytest.approx([0.4, -0.8, 0])
-    assert lines[0]["best_answer_after"] == GOOD and lines[0]["label_cm"] == "15 x 12 x 8"
-    text = change_lines(lines)
-    assert "1 improved, 1 worse, 1 the same" in text
+    before = [record(2, [POOR, POOR]), record(3, [GOOD, GOOD]), record(4, [FAIR, FAIR]), record(5, [GOOD, GOOD])]
+    after = [record(4, [FAIR, FAIR]), record(3, [POOR, POOR]), record(2, [GOOD, POOR])]
+    report = report_of(before, after)
+    assert [product["row"] for product in report["products"]] == [2, 3, 4] and report["unpaired"] == ["s.xlsx row 5"]
+    assert [product["change"] for product in report["products"]] == pytest.approx([0.4, -0.8, 0])
+    change = report["change"]["after"]
+    assert change["mean"] == pytest.approx(-0.4 / 3)
+    assert (change["better"], change["worse"], change["same"]) == (1, 1, 1)
+    assert change["verdict"] == "unclear"
+    text = change_lines(report)
+    assert "1 improved, 1 worse, 1 the same" in text and "mean reward -0.133" in text
     assert text.index("largest gains") < text.index("row 2") < text.index("largest losses") < text.index("row 3")
+
+
+def test_few_products_prove_nothing_and_many_do():
+    def verdict(count, one, other):
+        rows = range(2, count + 2)
+        report = report_of([record(row, [one]) for row in rows], [record(row, [other]) for row in rows])
+        return report["change"]["after"]
+
+    assert verdict(2, POOR, GOOD)["verdict"] == "unclear" and verdict(2, POOR, GOOD)["interval"][0] > 0
+    assert verdict(8, POOR, GOOD)["verdict"] == "up" and verdict(8, GOOD, FAIR)["verdict"] == "down"
+    assert verdict(8, GOOD, GOOD)["verdict"] == "unclear"
+
+
+def test_best_of_n_and_the_answer_most_agreed_on():
+    records = [record(2, [POOR, FAIR, FAIR]), record(3, ["?", "?", GOOD])]
+    samples = report_of(records, records)["samples"]["after"]
+    fair = 1 - 0.5 / 3
+    assert samples["best"] == pytest.approx((fair + 1) / 2) and samples["answers"] == 3
+    assert samples["agreed"] == pytest.approx((fair + 0) / 2)
+    assert samples["mean"] == pytest.approx(((0.2 + 2 * fair) / 3 + 1 / 3) / 2)
+
+
+def test_what_is_to_be_reviewed():
+    sure = [record(row, [GOOD, GOOD]) for row in range(2, 42)]
+    unsure = [record(row, [POOR, GOOD]) for row in range(42, 52)]  # of two that agree alike the first counts
+    report = report_of(sure + unsure, sure + unsure)
+    accept = report["confidence"]["after"]["accept"]
+    assert (accept["threshold"], accept["accepted"], accept["wrong"]) == (1, 40, 0)
+    assert report["confidence"]["after"]["check"] is None  # 20 of 25 right ones are too few to promise anything
+    assert [row["row"] for row in review_rows(report)] == list(range(42, 52))
+    assert "accept from 1.000 on: 80% of products, 0 of 40 wrong" in confidence_line(report)
+    assert "--num_samples" in confidence_line(report_of([record(2, [GOOD])], [record(2, [GOOD])]))
+    assert set(tables(report)) == {"summary", "products", "review", "groups"}
+
+
+def test_rewards_are_binned():
+    assert histogram([0, 0.049, 0.05, 0.9, 0.95, 1, 1.5, -1]) == [3, 1] + [0] * 16 + [1, 3]
 
 
 def test_table_shows_each_model():

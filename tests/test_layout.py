@@ -10,14 +10,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the ground floor up; a file imports only from files before it.
 FLOORS = ["config", "prompts", "labels", "reward", "photos", "table", "sheet", "family", "data", "checks", "check_page",
-          "fetch", "replay_buffer", "remote_code", "family_minicpm_remote", "family_minicpm_v46", "family_qwen_vl",
-          "shared_prefix", "decoding", "head", "lora", "models", "policy", "trainable", "loss", "rollout", "guard",
-          "processes", "sharding", "update", "evaluation", "report", "checkpoint", "demo", "check_data",
+          "fetch", "own_reward", "measures", "journal", "provenance", "replay_buffer", "remote_code",
+          "family_minicpm_remote", "family_minicpm_v46", "family_qwen_vl", "shared_prefix", "decoding", "head", "lora",
+          "models", "policy", "trainable", "loss", "rollout", "guard", "processes", "sharding", "update", "evaluation",
+          "comparison", "report", "curves", "charts", "page", "checkpoint", "demo", "doctor", "check_data",
           "download_images", "export", "test_model", "run", "train_vlm_parallel"]
 
 
+def is_command(node):
+    """The foot of a file that is also a command, which stands on the top floor."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+
+
 def own_imports(tree):
-    for node in ast.walk(tree):
+    parts = [part for node in tree.body if not is_command(node) for part in ast.walk(node)]
+    for node in parts:
         if isinstance(node, ast.ImportFrom) and node.level == 0:
             yield node.module
         elif isinstance(node, ast.Import):
@@ -37,7 +44,7 @@ def test_imports_go_down_only(name):
 
 def test_the_ground_floor_knows_no_torch():
     for name in ("config", "prompts", "labels", "reward", "photos", "table", "sheet", "data", "checks", "check_page",
-                 "fetch"):
+                 "fetch", "own_reward", "measures", "journal", "provenance"):
         assert "torch" not in set(own_imports(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))))
 
 
@@ -47,8 +54,7 @@ def test_importing_a_file_does_nothing(name):
     body = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")).body
     assert ast.get_docstring(ast.Module(body, [])), "a file says what it is for"
     for node in body[1:]:
-        guarded = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-        assert guarded or isinstance(node, allowed), ast.unparse(node)
+        assert is_command(node) or isinstance(node, allowed), ast.unparse(node)
 
 
 def test_no_blanket_except():
@@ -56,7 +62,8 @@ def test_no_blanket_except():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ExceptHandler):
                 caught = "" if node.type is None else ast.unparse(node.type)
-                assert caught not in ("", "Exception", "BaseException"), f"{path.name}:{node.lineno}"
+                allowed = path.name == "own_reward.py"  # it runs a user's code, which may raise anything
+                assert allowed or caught not in ("", "Exception", "BaseException"), f"{path.name}:{node.lineno}"
 
 
 def code_blocks(name):

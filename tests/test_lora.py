@@ -21,6 +21,7 @@ import lora
 import run
 import test_model
 import train_vlm_parallel as training
+from checkpoint import options_of
 from config import AnswerOptions, CompareOptions, ExportOptions, OptionError, read_options, write_options
 from family import ModelError
 from models import load_minicpm
@@ -250,8 +251,10 @@ def test_comparing_and_answering_with_an_adapter(trained, capsys):
     checkpoint, options = trained
     run.compare(CompareOptions(checkpoint_path=str(checkpoint), rows="all", greedy=True, ablate=True, device="cpu"))
     report = json.loads((checkpoint.parent / "compare" / "compare.json").read_text())
-    assert report["settings"]["before"] == options.model_path
-    assert any(line["best_answer_before"] != line["best_answer_after"] for line in report["products"])
+    assert [model["path"] for model in report["models"][:2]] == [options.model_path, str(checkpoint)]
+    answers = [[product["models"][name]["answers"][0]["answer"] for product in report["products"]]
+               for name in ("before", "after")]
+    assert answers[0] != answers[1]
     capsys.readouterr()
 
     def answer(**paths):
@@ -384,7 +387,8 @@ def test_every_family_exports(kind, request, tmp_path, tokenizer, image_processo
     export.export(merge_options(tmp_path / "adapter", tmp_path / "merged", trust_remote_code=True))
     assert "4 products answered alike" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "merged").iterdir()}
-    assert names == {path.name for path in (tmp_path / "whole").iterdir()} | {"options.yaml"}
+    assert names == {path.name for path in (tmp_path / "whole").iterdir()} | {
+        "options.yaml", "serving.json", "generation_config.json"}
 
 
 def test_a_merge_that_answers_otherwise_is_refused_and_leaves_nothing(trained, tmp_path, monkeypatch):
@@ -397,7 +401,7 @@ def test_a_merge_that_answers_otherwise_is_refused_and_leaves_nothing(trained, t
             adapter.base_model.model.model.language_model.layers[-1].mlp.down_proj.weight.neg_()
 
     monkeypatch.setattr(lora, "merge_adapter", forgetful)
-    with pytest.raises(ModelError, match=r"row 2: base \+ adapter .*, merged "):
+    with pytest.raises(ModelError, match=r"row 2: checkpoint .*, written "):
         export.export(merge_options(checkpoint, tmp_path / "out" / "merged"))
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -418,5 +422,27 @@ def test_exports_that_can_not_be_are_refused(shop, tmp_path):
                              ({"output_path": str(shop)}, "is there already")):
         with pytest.raises(OptionError, match=message):
             merge_options("x", tmp_path / "merged", **changes).check()
-    with pytest.raises(OptionError, match="no adapter there"):
-        export.export(merge_options(shop / "model", tmp_path / "merged"))
+
+
+def test_whole_weights_are_exported_with_prompt_and_sampling(shop, tmp_path, capsys):
+    checkpoint = training.train(train_options(shop, tmp_path, max_steps=1, eval_every=0, temperature=0.8))
+    export.export(merge_options(checkpoint, tmp_path / "served"))
+    assert "4 products answered alike" in capsys.readouterr().out
+    assert not (tmp_path / "served" / "trainer_state.pt").exists()
+    one, other = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "served"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    from transformers import GenerationConfig
+
+    sampling = GenerationConfig.from_pretrained(tmp_path / "served")
+    assert (sampling.do_sample, sampling.temperature, sampling.top_p, sampling.top_k) == (True, 0.8, 1.0, 0)
+    assert sampling.max_new_tokens == 8 and sampling.repetition_penalty == 1.0
+    serving = json.loads((tmp_path / "served" / "serving.json").read_text())
+    assert serving["user_message"]["2 photos"] == "{text}" and serving["photos"]["at_most"] == 5
+    policy = Policy(*load_minicpm(str(tmp_path / "served")))
+    ids = torch.tensor(serving["example"]["prompt_ids"])
+    assert sampling.eos_token_id == policy.stop_ids.tolist()
+    assert policy.tokenizer.decode(ids) == serving["example"]["prompt"] and "box 0" in serving["example"]["prompt"]
+    assert serving["example"]["greedy_answer"] == export.answer(
+        policy, export.choose_samples(merge_options(checkpoint, "x"), training.TrainOptions(
+            data_path=str(shop / "data.xlsx"), image_cache_dir=str(shop / "photos"))), options_of(
+            str(checkpoint)))[0].answers[0]

@@ -1,0 +1,157 @@
+"""A sheet through test_model.py: every row once and in order, killed and resumed, out of memory, photos by address."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import noise_photo, train_options
+
+import test_model as answering
+from config import AnswerOptions, write_options
+from data import DataError, PhotoError, cached_photo_path
+from journal import Journal
+from policy import Policy
+from report import write_sheet
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def options_for(shop, folder, **changes):
+    settings = dict(model_path=str(shop / "model"), data_path=str(shop / "data.xlsx"), num_samples=2, device="cpu",
+                    image_cache_dir=str(shop / "photos"), prompt_file=str(shop / "prompt.txt"),
+                    output_path=str(folder / "out.xlsx"), num_threads=1)
+    options = AnswerOptions(**{**settings, **changes})
+    options.check()
+    return options
+
+
+def sheet_of(path, name="answers"):
+    return pd.read_excel(path, sheet_name=name, dtype=str, keep_default_na=False)
+
+
+def test_500_rows_killed_and_resumed(shop, tmp_path):
+    rows = [{"text": f"box {index}", "note": f"n{index}", "sku_img": "" if index % 7 else "gone.png"}
+            for index in range(500)]
+    write_sheet(tmp_path / "many.xlsx", {"products": rows})
+    model = shutil.copytree(shop / "model", tmp_path / "model")
+    write_options(train_options(shop, tmp_path), model / "options.yaml")
+    options, whole = (options_for(shop, tmp_path, data_path=str(tmp_path / "many.xlsx"), model_path=str(model),
+                                  output_path=str(tmp_path / name)) for name in ("out.xlsx", "whole.xlsx"))
+    flags = [word for name in ("model_path", "data_path", "num_samples", "device", "image_cache_dir", "prompt_file",
+                               "output_path", "num_threads") for word in (f"--{name}", str(getattr(options, name)))]
+    journal = tmp_path / "out.xlsx.journal"
+    process = subprocess.Popen([sys.executable, str(ROOT / "test_model.py"), *flags], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if journal.is_file() and journal.read_bytes().count(b"\n") > 40:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = journal.read_bytes().count(b"\n") - 1
+    assert 40 <= done < 428, "killed too early or too late to show anything"
+    with journal.open("a") as file:
+        file.write('{"row": 400, "line": {"answ')  # what a kill in the middle of a line leaves
+    assert answering.main(options) == 0 and answering.main(whole) == 0
+    resumed, at_once = sheet_of(tmp_path / "out.xlsx"), sheet_of(tmp_path / "whole.xlsx")
+    assert resumed["row"].tolist() == [str(row) for row in range(2, 502)]
+    assert resumed["text"].tolist() == [row["text"] for row in rows]
+    assert resumed["note"].tolist() == [row["note"] for row in rows]
+    assert resumed.equals(at_once)
+    unanswered = resumed[resumed["answer"] == ""]
+    assert set(unanswered["row"]) >= {str(index + 2) for index in range(0, 500, 7)}
+    assert unanswered["problem"].str.contains("photo missing").sum() == 72
+    assert not journal.exists()
+
+
+def test_the_sheet_keeps_its_own_columns(shop, tmp_path, capsys):
+    write_sheet(tmp_path / "own.xlsx", {"t": [
+        {"answer": "theirs", "text": "box 1", "": "unnamed", "label": "12 8 15"},
+        {"answer": "", "text": "", "": "", "label": ""}, {"answer": "", "text": "box 2", "": "x", "label": ""}]})
+    options = options_for(shop, tmp_path, data_path=str(tmp_path / "own.xlsx"), accept_at=1.1)
+    assert answering.main(options) == 0
+    sheet = sheet_of(tmp_path / "out.xlsx")
+    assert sheet["row"].tolist() == ["2", "4"] and sheet["answer (1)"].tolist() == ["theirs", ""]
+    assert sheet["column (3)"].tolist() == ["unnamed", "x"] and sheet["review"].tolist() == ["yes", "yes"]
+    assert len(sheet_of(tmp_path / "out.xlsx", "review")) == 2 and "2 to review" in capsys.readouterr().out
+    assert sheet["reward"].tolist()[0] != "" and sheet["reward"].tolist()[1] == ""
+
+
+def test_a_journal_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "out.journal"
+    journal = Journal(path, {"model": "a"})
+    journal.add([(2, {"x": 1}), (3, {"x": 2})])
+    assert Journal(path, {"model": "a"}).done == {2: {"x": 1}, 3: {"x": 2}}
+    with pytest.raises(DataError, match="out.journal"):
+        Journal(path, {"model": "b"})
+    journal.finish()
+    assert not path.exists()
+
+
+def test_fewer_products_together_when_memory_runs_out(shop, tmp_path, monkeypatch):
+    good, sizes = Policy.sample, []
+
+    def starved(self, prompts, *args, **more):
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError
+        return good(self, prompts, *args, **more)
+
+    assert answering.main(options_for(shop, tmp_path, output_path=str(tmp_path / "easy.xlsx"))) == 0
+    monkeypatch.setattr(Policy, "sample", starved)
+    assert answering.main(options_for(shop, tmp_path)) == 0
+    assert sheet_of(tmp_path / "out.xlsx")["answer"].tolist() == sheet_of(tmp_path / "easy.xlsx")["answer"].tolist()
+    assert sizes == [8, 4, 4, 2, 2, 2, 2, 1]
+
+
+class Shop(BaseHTTPRequestHandler):
+    """Hands out one photo."""
+
+    def do_GET(self):
+        self.send_response(200 if "photo" in self.path else 404)
+        self.end_headers()
+        if "photo" in self.path:
+            noise_photo(3).save(self.wfile, "PNG")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def address():
+    server = HTTPServer(("127.0.0.1", 0), Shop)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_one_product_with_a_photo_by_address(shop, tmp_path, address, capsys):
+    options = options_for(shop, tmp_path, data_path=None, text="box 1", image=[f"{address}/photo.png?w=9"],
+                          image_cache_dir=str(tmp_path / "cache"), label="12 8 15", num_samples=3)
+    assert answering.main(options) == 0
+    said = capsys.readouterr().out
+    assert "answer:" in said and "reward:" in said and "of 3 answers" in said
+    assert cached_photo_path(f"{address}/photo.png?w=9", tmp_path / "cache").is_file()
+    for wrong, why in ((f"{address}/gone.png", "404"), ("http://127.0.0.1:1/x.png", "fetched")):
+        with pytest.raises(PhotoError, match=why):
+            answering.fetch_photo(wrong, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_the_parts_of_a_reward_are_printed(shop, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def brief(answer, label, sample):\n    return {'short': 1, 'calm': 2}\n")
+    options = options_for(shop, tmp_path, data_path=None, text="box 1", label="12 8 15", num_samples=1,
+                          reward=[f"{tmp_path / 'mine.py'}:brief:0.5"])
+    assert answering.main(options) == 0
+    said = capsys.readouterr().out
+    assert "reward: 1.5000" in said and "short +0.5000" in said and "calm +1.0000" in said
+    assert "confidence" not in said

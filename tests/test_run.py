@@ -1,0 +1,121 @@
+"""The comparison on a tiny trained model: several models side by side, own options, own rewards, ablations."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import train_options
+
+import run as comparing
+import train_vlm_parallel as training
+from config import CompareOptions
+from evaluation import ablations, evaluate
+from rollout import PromptEncoder
+
+
+@pytest.fixture(scope="module")
+def trained(shop, tmp_path_factory):
+    """The last of two checkpoints, half of the shop's products held out."""
+    options = train_options(shop, tmp_path_factory.mktemp("trained"), eval_fraction=0.5, eval_every=0, max_steps=2,
+                            save_every=1)
+    return training.train(options)
+
+
+def compare(checkpoint, folder, **changes):
+    options = CompareOptions(checkpoint_path=str(checkpoint), output_dir=str(folder), device="cpu",
+                             **{"num_samples": 2, **changes})
+    options.check()
+    status = comparing.main(options)
+    return json.loads((folder / "compare.json").read_text()) if status == 0 else status
+
+
+def test_several_models_side_by_side(trained, shop, tmp_path):
+    report = compare(trained, tmp_path, also=[str(trained.parent / "step_000001"), str(shop / "model")])
+    assert list(report["summary"]) == ["before", "after", "step_000001", "model"]
+    assert report["greedy"]["model"] == report["greedy"]["before"] and not report["models"][2]["notes"]
+    assert report["summary"]["model"] == report["summary"]["before"] != report["summary"]["after"]
+    assert "no options.yaml" in report["models"][3]["notes"][0]
+    assert "step_000001" in (tmp_path / "compare.html").read_text()
+
+
+def test_another_checkpoint_answers_with_its_own_options(trained, tmp_path):
+    other = shutil.copytree(trained, tmp_path / "other")
+    text = (other / "options.yaml").read_text()
+    (other / "options.yaml").write_text(text.replace("max_pixels: null", "max_pixels: 1024"))
+    (other / "prompt.txt").write_text("how large? {text}")
+    report = compare(trained, tmp_path, greedy=True, also=[str(other)])
+    notes = " ".join(report["models"][2]["notes"])
+    assert "own --max_pixels 1024; the model after has None" in notes and "own prompt" in notes
+    assert "own --max_pixels 1024" in (tmp_path / "compare.html").read_text()
+    answers = [[product["models"][name]["answers"][0]["answer"] for product in report["products"]]
+               for name in ("after", "other")]
+    assert answers[0] != answers[1]  # the same weights, asked otherwise
+
+
+def test_another_model_that_is_not_there_is_refused_at_once(trained, tmp_path):
+    with pytest.raises(comparing.OptionError, match="--also a/b/gone"):
+        compare(trained, tmp_path, also=["a/b/gone"])
+    assert compare(trained, tmp_path, also=[str(trained), str(trained)]) == 2
+
+
+def test_what_names_tell_apart():
+    assert comparing.names_of(["a/step_1", "b/step_1", "c/step_2"]) == ["a/step_1", "b/step_1", "c/step_2"]
+    assert comparing.names_of(["a/step_1", "a/step_2"]) == ["step_1", "step_2"] and comparing.names_of([]) == []
+    assert comparing.names_of(["x/before"]) == ["x/before"]
+    with pytest.raises(comparing.OptionError, match="twice"):
+        comparing.names_of(["a/step_1", "a/step_1"])
+
+
+def test_a_reward_of_ones_own_is_the_same_everywhere(shop, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text("def long(answer, label, sample):\n    return len(answer) + sample.row / 100\n")
+    options = train_options(shop, tmp_path, reward=[f"{file}:long:2"], max_steps=1, eval_fraction=0.5, eval_every=0)
+    checkpoint = training.train(options)
+    report = compare(checkpoint, tmp_path, greedy=True)
+    for product in report["products"]:
+        answer = product["models"]["after"]["answers"][0]
+        assert answer["reward"] == pytest.approx(2 * (len(answer["answer"]) + product["row"] / 100))
+    file.write_text("def long(answer, label, sample):\n    return 1 / 0\n")
+    assert compare(checkpoint, tmp_path, greedy=True) == 2
+    said = capsys.readouterr().err
+    assert "own_reward_1.py" in said and "--trust_remote_code" in said
+    trusting = compare(checkpoint, tmp_path, greedy=True, trust_remote_code=True)
+    assert trusting["summary"] == report["summary"]
+    assert compare(checkpoint, tmp_path, greedy=True, reward=["size"])["summary"]["after"]["mean_reward"] <= 1
+
+
+def test_a_reward_that_fails_in_the_middle_stops_before_weights_change(shop, tmp_path, monkeypatch):
+    file = tmp_path / "mine.py"
+    file.write_text("calls = 0\ndef late(answer, label, sample):\n    global calls\n    calls += 1\n"
+                    "    return 1 / (calls < 15)\n")  # two at the start, twelve answers in the first step
+    steps = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: steps.append(1))
+    options = train_options(shop, tmp_path, reward=[f"{file}:late"], eval_every=0)
+    assert training.main(options) == 2
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "ZeroDivisionError" in log and "data.xlsx row" in log and "step 1/3" in log and len(steps) == 1
+    broken = replace(options, reward=[f"{file}:missing"], output_dir=str(tmp_path / "other"))
+    assert training.main(broken) == 2 and not list((tmp_path / "other").glob("step_*"))
+
+
+def test_a_model_that_looks_at_no_photo_loses_nothing(dense_policy, shop, trained):
+    samples = comparing.choose_samples(CompareOptions(checkpoint_path=str(trained)), comparing.options_of(str(trained)))
+
+    def make_encoder(**more):
+        return PromptEncoder(dense_policy, template="{text}", **more)
+
+    def answers():
+        sides = {"as they are": (make_encoder(), samples), **ablations(samples, make_encoder)}
+        return {name: [record.answers for record in evaluate(encoder, others, 1, None, 8, 0, 8)[0]]
+                for name, (encoder, others) in sides.items()}
+
+    looking = answers()
+    assert looking["photos blanked"] != looking["as they are"] != looking["other products' photos"]
+    with torch.no_grad():
+        for weight in dense_policy.model.model.merger.parameters():
+            weight.zero_()
+    blind = answers()
+    assert blind["photos blanked"] == blind["as they are"] == blind["other products' photos"]
+    assert not any(sample.photos for sample in ablations(samples, make_encoder)["no photos"][1])
