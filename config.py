@@ -123,8 +123,11 @@ class OptimizerOptions:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     epochs: int = option(1, "passes over a step's buffer")
     minibatch_size: int | None = option(None, "products an optimizer step; default: the whole buffer")
-    micro_batch_size: int = option(1, "products a forward and backward pass; changes memory and speed, not the result")
+    micro_batch_size: int = option(1, "products a forward and backward pass; changes memory and speed, not the "
+                                      "result; 0 starts with what fits and halves when memory runs out")
     max_bad_steps: int = option(5, "stop after so many steps in a row with a non-finite loss or gradient")
+    max_kl: float = option(10.0, "warn of every step whose mean KL from the reference is above")
+    min_entropy: float = option(0.0, "warn of every step whose mean entropy, in nats a token, is below")
 
 
 @dataclass
@@ -140,7 +143,10 @@ class RunOptions:
     eval_every: int = option(100, "steps between evaluations on held-out products; 0 for none")
     eval_samples: int = option(1, "answers sampled a held-out product at each evaluation")
     seed: int = option(0, "seed of the data order and of every sampled token")
-    resume: str | None = option(None, "auto: go on from the newest checkpoint in output_dir; or a checkpoint folder")
+    preflight: bool = option(True, "run the largest product forward and backward before the first step and say what "
+                                   "memory it took")
+    resume: str | None = option(None, "auto: go on from the newest whole checkpoint in output_dir; or a checkpoint "
+                                     "folder")
 
 
 @dataclass
@@ -286,12 +292,12 @@ class DemoOptions:
 
 
 _POSITIVE = ("group_size", "batch_size", "max_length", "temperature", "rollout_batch_size", "lr", "max_grad_norm",
-             "epochs", "minibatch_size", "micro_batch_size", "max_bad_steps", "max_steps", "save_every",
+             "epochs", "minibatch_size", "max_kl", "max_bad_steps", "max_steps", "save_every",
              "eval_samples", "num_samples", "num_products", "eval_batch_size", "max_products", "num_threads",
              "max_slice_nums", "max_pixels", "max_prompt_length", "lora_rank", "lora_alpha", "products", "held_out",
              "warm_up_steps")
 _NOT_NEGATIVE = ("kl_weight", "std_floor", "warmup_steps", "weight_decay", "keep_last", "eval_every", "seed",
-                 "prompt_cache_mb")
+                 "prompt_cache_mb", "micro_batch_size", "min_entropy")
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{name: (lambda value: value > 0, "must be above 0") for name in _POSITIVE},
     **{name: (lambda value: value >= 0, "must be 0 or more") for name in _NOT_NEGATIVE},

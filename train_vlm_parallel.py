@@ -11,6 +11,7 @@ towards the better ones by a clipped, KL-bound update. Every option: --help.
 """
 
 import copy
+import math
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 
 import torch
 from loguru import logger
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -50,6 +52,7 @@ from lora import is_adapter, rank_of
 from loss import VLM_GRPOLoss, group_advantages
 from models import DTYPES, choose_device, freeze, load_minicpm, load_weights
 from policy import Policy, load_policy, parameter_table, set_trainable
+from preflight import preflight
 from processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
 from prompts import read_template
 from replay_buffer import ReplayBuffer, join_experiences, make_experience
@@ -118,6 +121,8 @@ def train(options: TrainOptions) -> Path | None:
             metrics |= describe(groups, failures, run.processes) | {"lr": rate}
             run.bad_steps = run.bad_steps + 1 if metrics["skipped_minibatches"] or "returns" not in metrics else 0
             log_step(run.writer, step + 1, options.max_steps, metrics, seconds)
+            if run.processes.main:
+                warn_beyond_bounds(metrics, options, step + 1)
             bar.update(per_step)
             finish_step(run, options, step + 1, interruption)
     bar.close()
@@ -151,12 +156,22 @@ def finish_step(run: Run, options: TrainOptions, step: int, interruption: Interr
 
 
 def save(run: Run, options: TrainOptions, step: int) -> None:
-    """Write a checkpoint; every process gives its share, the main one writes."""
-    main = run.processes.main
+    """Write a checkpoint; every process gives its share, the main one writes.
+
+    A disk that fails, because it is full perhaps, costs a warning; after the last step it costs the run.
+    """
+    main, world = run.processes.main, run.processes.world
     weights = whole_weights(run.policy, keep=main) if run.learner.sharded else None
-    state = {"step": step, "bad_steps": run.bad_steps,
+    state = {"step": step, "bad_steps": run.bad_steps, "products_per_step": options.batch_size * world, "world": world,
              "optimizer": whole_optimizer_state(run.learner.optimizer, keep=main)}
-    run.last_saved = run.processes.once(lambda: save_checkpoint(run.policy, options, step, state, weights))
+    try:
+        run.last_saved = run.processes.once(lambda: save_checkpoint(run.policy, options, step, state, weights), OSError)
+    except OSError as problem:
+        kept = f"no checkpoint of step {step} ({problem}); the last one is {run.last_saved}"
+        if step == options.max_steps:
+            raise BadRun(f"{kept}: make room and go on from it with --resume auto") from problem
+        if main:
+            logger.warning(f"{kept}; the run goes on and tries again in {options.save_every} steps at most")
 
 
 def prepare(options: TrainOptions, processes: Processes) -> Run:
@@ -179,7 +194,8 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
         parameters = split_weights(policy, reference)
     learner = Learner(policy, parameters, make_optimizer(parameters, options),
                       VLM_GRPOLoss(options.clip_eps, options.kl_weight, options.clip_eps_high, options.loss_type,
-                                   options.max_length, options.mask_truncated), processes, idle)
+                                   options.max_length, options.mask_truncated), processes,
+                      options.micro_batch_size or options.minibatch_size or options.batch_size, idle)
     run = Run(learner, reference, shares_vision, encoder, None, products, held_out, last_saved=resume_from)
     if resume_from:
         take_up(run, options, resume_from)
@@ -188,6 +204,8 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
         run.writer = SummaryWriter(options.log_dir, purge_step=run.start + 1 if resume_from else 0)
         run.writer.add_text("options", "\n".join(f"    {name}: {value}" for name, value in asdict(options).items()),
                             run.start)
+    if options.preflight and run.start < options.max_steps:
+        preflight(learner, encoder, products, options)
     if options.eval_every and held_out and not resume_from:
         log_evaluation(run, options, 0)
     return run
@@ -195,7 +213,7 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
 
 def take_up(run: Run, options: TrainOptions, resume_from: Path) -> None:
     """Take up the optimizer and the place of the run that is resumed."""
-    state = read_state(resume_from, options)
+    state = read_state(resume_from, options, run.processes.world)
     load_optimizer_state(run.learner.optimizer, state["optimizer"])
     run.start, run.bad_steps = state["step"], state["bad_steps"]
     logger.info(f"resuming from {resume_from} at step {run.start} of {options.max_steps}"
@@ -308,7 +326,7 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
     if run.reference is None:
         return buffer
     with torch.no_grad(), gathered(run.reference):
-        for items in micro_batches(buffer.items, options.micro_batch_size):
+        for items in micro_batches(buffer.items, run.learner.micro_batch_size):
             batch = join_experiences(items)
             ref_log_probs, _ = run.reference.log_probs(batch.prompts, batch.completions, batch.action_mask,
                                                        options.temperature,
@@ -359,6 +377,17 @@ def log_step(writer: SummaryWriter | None, step: int, steps: int, metrics: dict[
     logger.info(" | ".join([*said, f"{sum(seconds.values()):.2f} s"]))
 
 
+def warn_beyond_bounds(metrics: dict[str, float], options: TrainOptions, step: int) -> None:
+    """Warn of a policy that has left its reference far behind, or answers the same whatever it is asked."""
+    if metrics.get("kl_divergence", 0.0) > options.max_kl:
+        logger.warning(f"step {step}: KL {metrics['kl_divergence']:.3g} is above --max_kl {options.max_kl}: the policy "
+                       "has moved far from its reference; a lower --lr or a higher --kl_weight holds it back")
+    if metrics.get("entropy", math.inf) < options.min_entropy:
+        logger.warning(f"step {step}: entropy {metrics['entropy']:.3g} is below --min_entropy {options.min_entropy}: "
+                       "the answers to a product are all alike and teach little; try a lower --lr or a higher "
+                       "--temperature")
+
+
 def log_evaluation(run: Run, options: TrainOptions, step: int) -> None:
     """Answer the held-out products at the training temperature, each process its share, and log how good they are."""
     with gathered(run.policy):
@@ -403,19 +432,20 @@ def main(options: TrainOptions) -> int:
     try:
         if options.gpu_ids and not started_by_torchrun():
             return launch(options.gpu_ids, __file__, sys.argv[1:])
-        train(options)
-    except (OptionError, DataError, ModelError) as problem:
+        record(train)(options)  # so that torchrun shows the traceback of the process that failed first
+    except (OptionError, DataError, ModelError) as problem:  # of this process alone perhaps: waits for no other
         logger.error(str(problem))
         return 2
     except BadRun as problem:
         logger.error(str(problem))
-        return 3
+        status = 3
     except Interrupted as problem:
         logger.warning(str(problem))
-        return 4
-    finally:
-        leave()
-    return 0
+        status = 4
+    else:
+        status = 0
+    leave()
+    return status
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground floor up; a file imports only from files before it.
 FLOORS = ["config", "prompts", "reward", "family", "data", "replay_buffer", "remote_code", "family_minicpm_remote",
           "family_minicpm_v46", "family_qwen_vl", "shared_prefix", "decoding", "head", "lora", "models", "policy",
-          "loss", "rollout", "guard", "processes", "sharding", "update", "evaluation", "report", "checkpoint", "demo",
-          "export", "test_model", "run", "train_vlm_parallel"]
+          "loss", "rollout", "guard", "processes", "sharding", "checkpoint", "update", "preflight", "evaluation",
+          "report", "demo", "export", "test_model", "run", "train_vlm_parallel"]
 
 
 def own_imports(tree):
