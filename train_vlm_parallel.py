@@ -431,7 +431,7 @@ def main(options: TrainOptions) -> int:
     set_up_log(options.output_dir)
     try:
         if options.gpu_ids and not started_by_torchrun():
-            return launch(options.gpu_ids, __file__, sys.argv[1:])
+            launch(options.gpu_ids, __file__, sys.argv[1:])
         record(train)(options)  # so that torchrun shows the traceback of the process that failed first
     except (OptionError, DataError, ModelError) as problem:  # of this process alone perhaps: waits for no other
         logger.error(str(problem))
