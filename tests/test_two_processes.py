@@ -2,17 +2,20 @@
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model, write_shop
+from conftest import as_flags, tiny_model, train_options, write_shop
+from kill_at_random import kill_and_resume, run_to_the_end, same, settings
 from safetensors.torch import load_file
-from training_worker import CASES, RESUMED, give_worth, options_of_case
+from training_worker import CASES, CONFIGS, RESUMED, give_worth, options_of_case, options_of_config
 
 import rollout
 import train_vlm_parallel as training
+from config import TrainOptions, parse_options
 
 WORKER = Path(__file__).parent / "training_worker.py"
 
@@ -35,7 +38,7 @@ def folder(tmp_path_factory, tokenizer, image_processor):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                            str(WORKER), str(folder)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("done") == 2 * (len(CASES) + len(RESUMED) + 2)
+    assert done.stdout.count("done") == 2 * (len(CASES) + len(RESUMED) + len(CONFIGS) + 2)
     return folder
 
 
@@ -66,3 +69,49 @@ def test_a_process_whose_rollouts_fail_changes_nothing_else(folder):
     assert difference(one, other) < 1e-5
     assert difference(one, load_file(folder / "model" / "model.safetensors")) > 1e-4
     assert all(torch.isfinite(value).all() for value in one.values())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_ready_configs_start(folder, tmp_path, path):
+    """Here in one process, with a tiny model; the fixture starts them in two."""
+    assert training.train(options_of_config(path, folder, tmp_path)).name == "step_000001"
+    saved = {file.name for file in (folder / path.stem / "run" / "step_000001").iterdir()}
+    assert ("adapter_model.safetensors" if "lora" in path.name else "model.safetensors") in saved
+    assert parse_options(TrainOptions, "", ["--config", str(path), "--data_path", str(folder / "data.xlsx")]).gpu_ids \
+        == (tuple(range(int(path.stem[-6]))) if "x80gb" in path.name else ())
+
+
+def test_two_processes_one_of_them_killed_go_on_as_if_nothing_had_happened(shop, tmp_path):
+    _, wanted = run_to_the_end(settings(shop, tmp_path / "whole", 2), 2, tmp_path / "whole.log")
+    begin = time.monotonic()
+    place, found = kill_and_resume(shop, tmp_path / "killed", 2, 1.5, one_only=True)
+    assert time.monotonic() - begin < 120 and "step" in place
+    assert same(wanted, found)
+    assert "Signal 9 (SIGKILL) received" in (tmp_path / "killed" / "killed.log").read_text()
+
+
+FAILING = """
+import os, sys
+sys.path.insert(0, {root!r})
+from config import TrainOptions, parse_options
+import train_vlm_parallel as training
+good, calls = training.update, []
+def broken(*args):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 2:
+        raise ZeroDivisionError("planted")
+    return good(*args)
+training.update = broken
+sys.exit(training.main(parse_options(TrainOptions, "")))
+"""
+
+
+def test_a_process_that_fails_ends_the_others_with_its_traceback_on_top(shop, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(root=str(WORKER.parent.parent)))
+    flags = as_flags(train_options(shop, tmp_path, max_steps=1000, eval_every=0))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           str(script), *flags], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    cause = done.stderr.partition("Root Cause (first observed failure)")[2]
+    assert "rank      : 1" in cause and "ZeroDivisionError: planted" in cause and "in broken" in cause

@@ -23,6 +23,7 @@ import reward  # noqa: E402
 import rollout  # noqa: E402
 import train_vlm_parallel as training  # noqa: E402
 import update  # noqa: E402
+from config import TrainOptions, parse_options  # noqa: E402
 from sharding import whole  # noqa: E402
 
 # name: the options, beside those of both; what one process does with twice the --batch_size is the measure.
@@ -47,6 +48,18 @@ def options_of_case(folder, name, batch_size, **changes):
                     rollout_batch_size=2, model_path="model", output_dir=str(folder / name / str(batch_size)),
                     log_dir=str(folder / "logs")) | (CASES | RESUMED)[name] | changes
     return train_options(folder, folder, **settings | {"model_path": str(folder / settings["model_path"])})
+
+
+CONFIGS = sorted((ROOT.parent / "configs").glob("*.yaml"))
+
+
+def options_of_config(path, folder, output):
+    """A ready YAML's options for one step of a tiny model on a CPU in its place."""
+    places = {"model_path": folder / "model", "data_path": folder / "data.xlsx", "image_cache_dir": folder / "photos",
+              "prompt_file": folder / "prompt.txt", "output_dir": output / "run", "log_dir": output / "logs"}
+    flags = [word for name, value in places.items() for word in (f"--{name}", str(value))]
+    return parse_options(TrainOptions, "", ["--config", str(path), *flags, "--device", "cpu", "--gpu_ids",
+                                            "--max_steps", "1", "--max_length", "8", "--num_threads", "1"])
 
 
 def give_worth():
@@ -157,6 +170,9 @@ def main(folder):
     for name in RESUMED:
         training.train(options_of_case(folder, name, 2, resume="auto"))
         print(f"{name}: done", flush=True)
+    for path in CONFIGS:
+        training.train(options_of_config(path, folder, folder / path.stem))
+        print(f"{path.name}: done", flush=True)
     for sharding in ("none", "fsdp"):
         failing_rollouts(folder, sharding)
         planted_nan(folder, sharding)
