@@ -67,20 +67,52 @@ class ModelOptions:
 
 
 @dataclass
-class DataOptions:
+class SheetOptions:
+    """How to read a sheet"""
+
+    column: list[str] = field(default_factory=list, metadata={
+        "help": "FIELD=NAME, what a column of your sheet is: text, label, sku_id, category or photo; repeat for each; "
+                "default: columns of these names, photos in sku_img, spu_img_1, spu_img_2, ..."})
+    sheet_name: str | None = option(None, "worksheet of an .xlsx; default: the first that is not hidden")
+    encoding: str | None = option(None, "encoding of a .csv or .jsonl; default: UTF-8, or a guess that is logged")
+
+
+MissingPhotos = Literal["use_rest", "drop_row", "text_only", "placeholder"]
+
+
+@dataclass
+class DataOptions(SheetOptions):
     """Data"""
 
-    data_path: str = option(DEFAULT_DATA_PATH, "the sheet, .xlsx or .csv: text, label, sku_img, spu_img_1..4, sku_id")
+    data_path: str = option(DEFAULT_DATA_PATH, "the sheet, .xlsx, .csv or .jsonl: text, label, photo addresses, sku_id")
     image_cache_dir: str = option("image_cache_new", "folder with the photos, named md5(address) + extension")
-    missing_photos: Literal["use_rest", "drop_row", "text_only"] = option(
-        "use_rest", "a row with missing photos: use_rest trains on those that are there and leaves the row out when "
-                    "none is; drop_row leaves it out when any is missing; text_only trains even without any")
+    missing_photos: MissingPhotos = option(
+        "use_rest", "a row with missing or broken photos: use_rest trains on the others and leaves the row out when "
+                    "none is left; drop_row leaves it out when any is missing; text_only trains even without any; "
+                    "placeholder puts grey pictures in their place, to try things out")
+    on_bad_row: Literal["skip", "stop"] = option("skip", "rows that can't be trained on: skip names them and trains on "
+                                                         "the others; stop ends before any weight loads")
+    download_missing: bool = option(False, "fetch photos that are not in image_cache_dir before training, as "
+                                           "download_images.py does; otherwise the network is never used")
     eval_path: str | None = option(None, "a sheet of held-out products; instead of eval_fraction")
+    eval_sheet_name: str | None = option(None, "worksheet of eval_path")
     eval_fraction: float = option(0.1, "share of the products held out from data_path, chosen by a hash of the product")
     prompt_language: Literal["zh", "en"] = option("zh", "wording of the prompt")
     prompt_file: str | None = option(None, "your own wording: a UTF-8 text file that contains {text}")
     max_prompt_length: int | None = option(None, "tokens of a prompt at most; a longer one loses whole photos from the "
                                                  "end; default: no limit")
+
+
+@dataclass
+class FetchOptions:
+    """How to fetch photos"""
+
+    workers: int = option(16, "photos fetched at the same time")
+    retries: int = option(4, "further tries after a busy server, a broken connection or a body cut short")
+    timeout: float = option(20.0, "seconds to wait for a connection, and for the next bytes")
+    deadline: float = option(120.0, "seconds that one photo may take to arrive")
+    max_file_mb: int = option(20, "MiB of a photo, at most")
+    allow_private: bool = option(False, "fetch from private, loopback and link-local addresses too")
 
 
 @dataclass
@@ -172,9 +204,7 @@ class TrainOptions(RunOptions, OptimizerOptions, LossOptions, RolloutOptions, Da
         self.check_lora()
         if self.resume and self.overwrite_output_dir:
             raise OptionError("--resume and --overwrite_output_dir contradict each other: take one")
-        check_data_path(self.data_path)
-        if self.eval_path and not Path(self.eval_path).is_file():
-            raise OptionError(f"--eval_path {self.eval_path}: no such file")
+        check_data(self)
 
     def check_lora(self) -> None:
         """Refuse options that need an adapter without one, or that it can't be trained with; raises OptionError."""
@@ -189,7 +219,7 @@ class TrainOptions(RunOptions, OptimizerOptions, LossOptions, RolloutOptions, Da
 
 
 @dataclass
-class CompareOptions:
+class CompareOptions(SheetOptions):
     """What to compare"""
 
     model_path: str | None = option(None, "the model before; default: the one the checkpoint was trained from")
@@ -212,12 +242,13 @@ class CompareOptions:
     def check(self) -> None:
         """Refuse values that can't work; raises OptionError naming the option."""
         check_ranges(self, _RANGES)
+        check_columns(self)
         if not self.checkpoint_path:
             raise OptionError("--checkpoint_path is missing: give the checkpoint folder or model_stepN.pt to compare")
 
 
 @dataclass
-class AnswerOptions:
+class AnswerOptions(SheetOptions):
     """What to answer"""
 
     model_path: str = option("", "a model folder, hub name or checkpoint folder")
@@ -240,6 +271,7 @@ class AnswerOptions:
     def check(self) -> None:
         """Refuse values and combinations that can't work; raises OptionError naming the option."""
         check_ranges(self, _RANGES)
+        check_columns(self)
         check_prompt_file(self.prompt_file)
         if not self.model_path and not self.checkpoint_path:
             raise OptionError("--model_path is missing: give a model folder, a hub name or a checkpoint folder")
@@ -252,7 +284,7 @@ class AnswerOptions:
 
 
 @dataclass
-class ExportOptions:
+class ExportOptions(SheetOptions):
     """What to merge"""
 
     checkpoint_path: str = option("", "a checkpoint folder with an adapter (--lora_rank)")
@@ -268,12 +300,45 @@ class ExportOptions:
     def check(self) -> None:
         """Refuse values that can't work; raises OptionError naming the option."""
         check_ranges(self, _RANGES)
+        check_columns(self)
         if not self.checkpoint_path:
             raise OptionError("--checkpoint_path is missing: give the checkpoint folder with the adapter")
         if not self.output_path:
             raise OptionError("--output_path is missing: give the folder to write the merged model to")
         if Path(self.output_path).exists():
             raise OptionError(f"--output_path {self.output_path} is there already: name a folder that isn't")
+
+
+@dataclass
+class DownloadOptions(FetchOptions, SheetOptions):
+    """What to download"""
+
+    data_path: str = option(DEFAULT_DATA_PATH, "the sheet with the photo addresses")
+    image_cache_dir: str = option("image_cache_new", "folder to put the photos in, named md5(address) + extension")
+    report_path: str = option("download_report.xlsx", "the sheet to write: each address that failed, and why")
+
+    def check(self) -> None:
+        """Refuse values that can't work; raises OptionError naming the option."""
+        check_ranges(self, _RANGES)
+        check_columns(self)
+        check_data_path(self.data_path)
+
+
+@dataclass
+class CheckOptions(DataOptions):
+    """What to check"""
+
+    max_photos: int = option(5000, "photos opened to see whether they are whole; 0 opens none")
+    model_path: str | None = option(None, "folder of the model whose tokenizer counts for max_prompt_length; default: "
+                                          "an estimate")
+    html_path: str | None = option(None, "the page to write; default: the sheet's name + .check.html")
+    output_path: str | None = option(None, "the sheet to write back; default: the sheet's name + .check.xlsx")
+
+    def check(self) -> None:
+        """Refuse values and combinations that can't work; raises OptionError naming the option."""
+        check_ranges(self, _RANGES)
+        check_prompt_file(self.prompt_file)
+        check_data(self)
 
 
 @dataclass
@@ -295,9 +360,9 @@ _POSITIVE = ("group_size", "batch_size", "max_length", "temperature", "rollout_b
              "epochs", "minibatch_size", "max_kl", "max_bad_steps", "max_steps", "save_every",
              "eval_samples", "num_samples", "num_products", "eval_batch_size", "max_products", "num_threads",
              "max_slice_nums", "max_pixels", "max_prompt_length", "lora_rank", "lora_alpha", "products", "held_out",
-             "warm_up_steps")
+             "warm_up_steps", "workers", "timeout", "deadline", "max_file_mb")
 _NOT_NEGATIVE = ("kl_weight", "std_floor", "warmup_steps", "weight_decay", "keep_last", "eval_every", "seed",
-                 "prompt_cache_mb", "micro_batch_size", "min_entropy")
+                 "prompt_cache_mb", "micro_batch_size", "min_entropy", "retries", "max_photos")
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{name: (lambda value: value > 0, "must be above 0") for name in _POSITIVE},
     **{name: (lambda value: value >= 0, "must be 0 or more") for name in _NOT_NEGATIVE},
@@ -329,6 +394,39 @@ def check_data_path(data_path: str) -> None:
         raise OptionError(f"--data_path {data_path}: no such file. Give your own sheet with --data_path, or run the "
                           "built-in demo: make demo")
     raise OptionError(f"--data_path {data_path}: no such file")
+
+
+def check_data(options: DataOptions) -> None:
+    """Refuse sheets that aren't there and column options that can't be read; raises OptionError."""
+    check_columns(options)
+    check_data_path(options.data_path)
+    if options.eval_path and not Path(options.eval_path).is_file():
+        raise OptionError(f"--eval_path {options.eval_path}: no such file")
+    if options.eval_sheet_name and not options.eval_path:
+        raise OptionError(f"--eval_sheet_name {options.eval_sheet_name} needs --eval_path")
+
+
+def check_columns(options: SheetOptions) -> None:
+    """Refuse a --column that is no FIELD=NAME pair; raises OptionError."""
+    for pair in options.column:
+        name, _, column = pair.partition("=")
+        if not column.strip() or not re.fullmatch("text|label|sku_id|category|photo|sku_img|spu_img_[0-9]+",
+                                                  name.strip()):
+            raise OptionError(f"--column {pair}: write FIELD=NAME, the field being text, label, sku_id, category or "
+                              "photo (sku_img, spu_img_1, ... work too), as in --column text=标题")
+
+
+def held_out_sheet(options: DataOptions) -> SheetOptions:
+    """How to read eval_path: as data_path, but its own worksheet."""
+    return SheetOptions(options.column, options.eval_sheet_name, options.encoding)
+
+
+def sheet_options(own: SheetOptions, trained: DataOptions, own_sheet: bool, held_out: bool = False) -> SheetOptions:
+    """How to read a sheet after training: as then, or, for a sheet of one's own, as said now (columns as then)."""
+    if own_sheet:
+        return SheetOptions(own.column or trained.column, own.sheet_name, own.encoding)
+    then = held_out_sheet(trained) if held_out else trained
+    return SheetOptions(own.column or then.column, own.sheet_name or then.sheet_name, own.encoding or then.encoding)
 
 
 def check_prompt_file(prompt_file: str | None) -> None:
@@ -374,14 +472,19 @@ def parse_options(options_class: type[T], description: str, argv: Sequence[str] 
             declared.add(item.name)
             group.add_argument(f"--{item.name}", help=item.metadata["help"], **_argument_kind(item))
     namespace = parser.parse_args(argv)
-    values = {name: tuple(value) if isinstance(value, list) and name != "image" else value
-              for name, value in vars(namespace).items() if name in declared}
+    values = {name: value for name, value in vars(namespace).items() if name in declared}
+    values |= {name: tuple(values[name]) for name in pairs_of(options_class)}
     options = options_class(**values)
     try:
         options.check()
     except OptionError as problem:
         parser.error(str(problem))
     return options
+
+
+def pairs_of(options_class: type) -> list[str]:
+    """List the options that hold a tuple, which YAML and the command line give as a list."""
+    return [item.name for item in fields(options_class) if typing.get_origin(item.type) is tuple]
 
 
 def _argument_kind(item: Any) -> dict[str, Any]:
@@ -410,5 +513,5 @@ def read_options(path: Path) -> TrainOptions:
     unknown = sorted(set(plain) - known)
     if unknown:
         raise OptionError(f"{path}: options this version does not know: {', '.join(unknown)}")
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+    plain |= {name: tuple(plain[name]) for name in pairs_of(TrainOptions) if name in plain}
     return TrainOptions(**plain)

@@ -1,48 +1,36 @@
-"""The sheet: rows of text, label and photo addresses become samples, and every row that can't is named.
+"""Rows -> samples: every row of a sheet that can't be trained on is named; the split; the order of products.
 
-A sheet is .xlsx (its first worksheet) or .csv in UTF-8. Its first row names the columns: `text`, `label`, optionally
-`sku_id`, `sku_img` and `spu_img_1` to `spu_img_4`. Photos are read from a cache folder (see `cached_photo_path`).
+Photos are local files or lie in a cache folder (see `cached_photo_path`); they are decoded when asked for.
 """
 
-import difflib
 import hashlib
 import json
 import os
 import random
-import struct
-import zipfile
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
-import pandas as pd
 from loguru import logger
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from reward import LabelError, parse_label
+from config import MissingPhotos, SheetOptions
+from labels import LabelError, parse_label
+from photos import PhotoError, open_photos
+from sheet import ProductRow, read_sheet
+from table import DataError
 
-PHOTO_COLUMNS = ("sku_img", "spu_img_1", "spu_img_2", "spu_img_3", "spu_img_4")
-_COLUMNS = ("sku_id", "text", "label", *PHOTO_COLUMNS)
-MissingPhotos = Literal["use_rest", "drop_row", "text_only"]
-
-# What openpyxl and the zip layer under it raise for a file that is damaged or no workbook at all.
-_BROKEN_WORKBOOK = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, SyntaxError, EOFError, NotImplementedError)
-# What Pillow's readers raise for a truncated, damaged or oversized photo.
-_BROKEN_PHOTO = (UnidentifiedImageError, OSError, Image.DecompressionBombError, ValueError, SyntaxError, TypeError,
-                 IndexError, EOFError, struct.error)
-
-
-class DataError(ValueError):
-    """A sheet that can't be used; the text says why and what to do."""
+CONTRADICTION = 0.05  # labels of one product that differ by more on a side can't both be true
+_LARGEST_SIZE, _SMALLEST_SIZE = 10_000.0, 0.01  # cm; beyond 100 m or below 0.1 mm a label is wrong
+_PHOTO_EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".mpo"}
+_PLACEHOLDER = (224, 224)
+_FAULTS = {"ambiguous": "label ambiguous", "not positive": "label not positive", "missing": "label missing",
+           "no size": "label without a size"}
 
 
-class PhotoError(ValueError):
-    """A photo file that can't be decoded; the text names sheet, row and file."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One usable row of a sheet."""
 
@@ -50,11 +38,14 @@ class Sample:
     product_id: str  # sku_id, or a hash of text and photo addresses where there is none
     text: str
     label: tuple[float, ...]  # 1 to 3 sizes in cm, or empty when the row has no label and needs none
-    photos: tuple[Path, ...]  # files that existed when the sheet was read
-    sheet: str  # file name of the sheet, for messages
+    photos: tuple[str, ...]  # files that existed when the sheet was read, or will be placeholders
+    sheet: str  # file name and, where one was named, worksheet; with the row it tells samples apart
+    missing_photos: MissingPhotos = "drop_row"  # what to do when one of them turns out to be broken
+    written_label: str = ""  # as it stands in the sheet
+    category: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowProblem:
     """Something wrong with one row. The kind of problem is what stands before the first colon of `problem`."""
 
@@ -63,132 +54,131 @@ class RowProblem:
     problem: str
     used: bool  # True when the row is used all the same, for example with four of its five photos
 
+    @property
+    def kind(self) -> str:
+        """What kind of problem it is, as in "photo missing"."""
+        return self.problem.partition(":")[0]
+
+    @property
+    def detail(self) -> str:
+        """What stands behind the kind, or the kind where nothing does."""
+        return self.problem.partition(": ")[2] or self.problem
+
 
 def cached_photo_path(address: str, cache_dir: str | Path) -> Path:
-    """Name the cache file of a photo address: md5 of the whole address, then its extension without any query string.
+    """Name the cache file of a photo address: md5 of the whole address, then its extension.
 
-    An address without an extension gets ".jpg". The file need not exist.
+    The extension is that of a photo format before any ? or #, else ".jpg". The file need not exist.
     """
-    extension = os.path.splitext(address.partition("?")[0])[1] or ".jpg"
-    return Path(cache_dir) / (hashlib.md5(address.encode("utf-8"), usedforsecurity=False).hexdigest() + extension)
+    return Path(cache_dir) / _cached_name(address)
+
+
+def _cached_name(address: str) -> str:
+    # Strings, here and below: a sheet may name a million photos.
+    name = address.partition("?")[0].partition("#")[0].rpartition("/")[2]
+    _, dot, extension = name.rpartition(".")
+    extension = "." + extension if dot and "." + extension.lower() in _PHOTO_EXTENSIONS else ".jpg"
+    return hashlib.md5(address.encode("utf-8", "surrogatepass"), usedforsecurity=False).hexdigest() + extension
+
+
+def find_cached_photo(address: str, cache_dir: str | Path) -> str | None:
+    """Find an address's file in the cache, under its name or one that follows the extension to the letter."""
+    path = f"{cache_dir}/{_cached_name(address)}"
+    if os.path.isfile(path):  # Path.is_file raises on an address too long for a file
+        return path
+    stem, extension = os.path.splitext(path)
+    if "?" in address or not address.endswith(extension):
+        for whole in (address.partition("?")[0], address):
+            older = stem + os.path.splitext(whole)[1]
+            if older != path and os.path.isfile(older):
+                return older
+    return None
 
 
 def load_photos(sample: Sample) -> list[Image.Image]:
-    """Decode a sample's photos: RGB, turned upright as EXIF says, transparency over white.
+    """Decode a sample's photos: RGB, turned upright as EXIF says, transparency over white; equal files count once.
 
-    Raises PhotoError, naming sheet, row and file, when one of them can't be read.
+    A photo that can't be used is named in the log and left out, where sample.missing_photos allows it; otherwise
+    PhotoError names sheet, row and file.
     """
-    photos = []
-    for path in sample.photos:
-        try:
-            photos.append(_load_photo(path))
-        except _BROKEN_PHOTO as error:
-            raise PhotoError(f"{sample.sheet} row {sample.row} ({sample.product_id}): photo {path} can't be read: "
-                             f"{error}. Replace or delete the file") from error
+    rule, photos = sample.missing_photos, []
+    for path, photo in open_photos(sample.photos):
+        if isinstance(photo, Image.Image):
+            photos.append(photo)
+            continue
+        message = (f"{sample.sheet} row {sample.row} ({sample.product_id}): photo {path} can't be used: {photo}. "
+                   "Replace or delete the file")
+        if rule == "drop_row" or rule == "use_rest" and len(sample.photos) == 1:
+            raise PhotoError(message)
+        if os.path.isfile(path):  # that another one is missing was said when the sheet was read
+            _warn_once(message)
+        if rule == "placeholder":
+            photos.append(Image.new("RGB", _PLACEHOLDER, (128, 128, 128)))
+    if sample.photos and not photos and rule == "use_rest":
+        raise PhotoError(f"{sample.sheet} row {sample.row} ({sample.product_id}): none of its {len(sample.photos)} "
+                         "photos can be used, see above")
     return photos
 
 
-def _load_photo(path: Path) -> Image.Image:
-    with Image.open(path) as opened:
-        photo = ImageOps.exif_transpose(opened)
-    if photo.mode.startswith("I;16"):
-        # Pillow clips 16-bit grey at 255 instead of scaling it, which would turn the photo white.
-        photo = photo.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if not photo.has_transparency_data:
-        return photo.convert("RGB")
-    photo = photo.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo).convert("RGB")
+@lru_cache(maxsize=10_000)
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def load_samples(data_path: str | Path, image_cache_dir: str | Path, missing_photos: MissingPhotos = "use_rest",
-                 require_label: bool = True) -> tuple[list[Sample], list[RowProblem]]:
+                 require_label: bool = True, reading: SheetOptions | None = None
+                 ) -> tuple[list[Sample], list[RowProblem]]:
     """Read a sheet into samples, in its order, and the problems of its rows.
 
     missing_photos: "use_rest" uses the photos that are there and leaves a row out when none is; "drop_row" leaves it
-    out when any is missing; "text_only" uses it even without any. A row that names no photo is always used.
-    require_label: leave rows without a readable label out; otherwise they get the label ().
+    out when any is missing; "text_only" uses it even without any; "placeholder" puts grey pictures in their place.
+    A row that names no photo is always used.
+    require_label: leave rows without a trustworthy label out; otherwise they get the label ().
     Raises DataError when the sheet itself can't be read or lacks a required column.
     """
-    if missing_photos not in ("use_rest", "drop_row", "text_only"):
-        raise ValueError(f"missing_photos is {missing_photos!r}; choose use_rest, drop_row or text_only")
-    path = Path(data_path)
-    columns, rows = _read_sheet(path)
-    _check_columns(path, columns, ("text", "label") if require_label else ("text",))
+    samples, problems = read_rows(data_path, image_cache_dir, missing_photos, require_label, reading)
+    doubts = doubtful_labels(samples)
+    if not doubts:
+        return samples, problems
+    if require_label:  # what is said of a row that is now left out must not call it used
+        problems = [replace(problem, used=problem.used and problem.row not in doubts) for problem in problems]
+    problems += [RowProblem(sample.row, sample.product_id, doubts[sample.row], not require_label)
+                 for sample in samples if sample.row in doubts]
+    samples = [sample if sample.row not in doubts else replace(sample, label=()) for sample in samples
+               if sample.row not in doubts or not require_label]
+    return samples, sorted(problems, key=lambda problem: problem.row)
 
+
+def read_rows(data_path: str | Path, image_cache_dir: str | Path, missing_photos: MissingPhotos, require_label: bool,
+              reading: SheetOptions | None = None) -> tuple[list[Sample], list[RowProblem]]:
+    """Do what load_samples does, but take each label that can be read, likely or not."""
+    if missing_photos not in get_args(MissingPhotos):
+        raise ValueError(f"missing_photos is {missing_photos!r}; choose {', '.join(get_args(MissingPhotos))}")
+    path, sheet_dir, cache_dir = Path(data_path), str(Path(data_path).parent), str(image_cache_dir)
+    reading = reading or SheetOptions()
+    sheet = f"{path.name} [{reading.sheet_name}]" if reading.sheet_name else path.name
     samples, problems = [], []
-    for number, cells in enumerate(rows, start=2):
-        if not any(cells):
-            continue
-        row = dict(zip(columns, cells, strict=True))
-        product_id = _product_id(row)
-        label, label_problems = _read_label(row.get("label", ""), require_label)
-        photos, photo_problems = _find_photos(row, path.parent, Path(image_cache_dir))
-        text_problems = [] if row["text"] else ["text missing"]
+    for row in read_sheet(path, reading, ("text", "label") if require_label else ("text",)):
+        product_id = row.sku_id or _identity(row)
+        label, label_problems = _read_label(row.label, require_label)
+        photos, photo_problems = _find_photos(row, sheet_dir, cache_dir, missing_photos)
+        text_problems = [] if row.text else ["text missing"]
 
         used = not text_problems and not (require_label and label_problems)
         if photo_problems:
-            used = used and (missing_photos == "text_only" or (missing_photos == "use_rest" and bool(photos)))
-        problems += [RowProblem(number, product_id, problem, used)
+            used = used and (missing_photos in ("text_only", "placeholder")
+                             or (missing_photos == "use_rest" and bool(photos)))
+        problems += [RowProblem(row.number, product_id, problem, used)
                      for problem in text_problems + label_problems + photo_problems]
         if used:
-            samples.append(Sample(number, product_id, row["text"], label, photos, path.name))
+            samples.append(Sample(row.number, product_id, row.text, label, photos, sheet, missing_photos,
+                                  row.label, row.category))
     return samples, problems
 
 
-def _read_sheet(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Return the header and all rows below it, blank ones included, as strings without outer blanks."""
-    # No header for pandas, and no cell that means "not a number": its own rules rename columns that come twice, and
-    # would turn the label "N/A" into a missing one.
-    options = {"header": None, "dtype": str, "keep_default_na": False}
-    kind = path.suffix.lower()
-    if kind not in (".xlsx", ".csv"):
-        raise DataError(f"{path}: a sheet is .xlsx or .csv, not {kind or 'a file without extension'}. Save it as one")
-    try:
-        if kind == ".xlsx":
-            table = pd.read_excel(path, engine="openpyxl", **options)
-        else:
-            table = pd.read_csv(path, encoding="utf-8-sig", skip_blank_lines=False, **options)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file. Give your own sheet with --data_path") from error
-    except OSError as error:
-        raise DataError(f"{path}: can't be read: {error}. Check that it is a file that you may read") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 ({error}). Save it as 'CSV UTF-8', or as .xlsx") from error
-    except pd.errors.EmptyDataError as error:
-        raise DataError(f"{path}: is empty. Its first row must name the columns: {', '.join(_COLUMNS)}") from error
-    except pd.errors.ParserError as error:
-        raise DataError(f"{path}: is no well-formed CSV: {error}. Put a field with commas or line breaks in double "
-                        f"quotes, or save it as .xlsx") from error
-    except _BROKEN_WORKBOOK as error:
-        raise DataError(f"{path}: is no readable Excel workbook: {error}. Open it in a spreadsheet program and save it "
-                        f"again as .xlsx or .csv") from error
-    if table.empty:
-        raise DataError(f"{path}: is empty. Its first row must name the columns: {', '.join(_COLUMNS)}")
-    # Excel's own error cells, such as #N/A, arrive as NaN whatever the options say.
-    header, *rows = [[cell.strip() for cell in cells] for cells in table.fillna("").values.tolist()]
-    return header, rows
-
-
-def _check_columns(path: Path, columns: list[str], required: Sequence[str]) -> None:
-    named = [column for column in columns if column]
-    for column in _COLUMNS:
-        if named.count(column) > 1:
-            raise DataError(f"{path}: the column {column!r} comes {named.count(column)} times. Keep one of them")
-    unknown = [column for column in named if column not in _COLUMNS]
-    for column in required:
-        if column not in named:
-            nearest = difflib.get_close_matches(column, unknown, n=1, cutoff=0.5)
-            way_out = f"Is {nearest[0]!r} meant? Rename it to {column!r}" if nearest else f"Add {column!r}"
-            raise DataError(f"{path}: no column {column!r}. Its columns are: {', '.join(named) or 'none'}. {way_out}")
-    for column in unknown:
-        if difflib.get_close_matches(column, PHOTO_COLUMNS, n=1, cutoff=0.8):
-            logger.warning(f"{path}: the column {column!r} is not read; photo columns are {', '.join(PHOTO_COLUMNS)}")
-
-
-def _product_id(row: dict[str, str]) -> str:
-    if row.get("sku_id"):
-        return row["sku_id"]
-    identity = json.dumps([row["text"], *(row.get(column, "") for column in PHOTO_COLUMNS)])
+def _identity(row: ProductRow) -> str:
+    addresses = [address for _, address in row.photos]
+    identity = json.dumps([row.text, *addresses, *[""] * (5 - len(addresses))])  # as when there were five columns
     return hashlib.sha256(identity.encode("utf-8")).hexdigest()[:16]
 
 
@@ -198,27 +188,67 @@ def _read_label(text: str, required: bool) -> tuple[tuple[float, ...], list[str]
     try:
         return parse_label(text), []
     except LabelError as error:
-        return (), [f"label unreadable: {text!r}: {error}"]
+        if error.verdict == "missing" and not required:
+            return (), []
+        return (), [f"{_FAULTS[error.verdict]}: {str(error).removeprefix('label ')}"]
 
 
-def _find_photos(row: dict[str, str], sheet_dir: Path, cache_dir: Path) -> tuple[tuple[Path, ...], list[str]]:
-    photos, problems = [], []
-    for column in PHOTO_COLUMNS:
-        address = row.get(column, "")
-        if not address:
-            continue
-        local, cached = sheet_dir / address, cached_photo_path(address, cache_dir)
-        # os.path.isfile, since Path.is_file raises on an address longer than a file name may be.
-        found = next((path for path in (local, cached) if os.path.isfile(path)), None)
+def _find_photos(row: ProductRow, sheet_dir: str, cache_dir: str, missing_photos: MissingPhotos
+                 ) -> tuple[tuple[str, ...], list[str]]:
+    photos: dict[str, None] = {}  # in order, each once
+    problems = []
+    for column, address in row.photos:
+        local = None if "://" in address else os.path.join(sheet_dir, address)
+        found = local if local and os.path.isfile(local) else find_cached_photo(address, cache_dir)
         if found is None:
-            problems.append(f"photo missing: {column} {address} (expected as {cached})")
+            expected = f"{cache_dir}/{_cached_name(address)}"
+            problems.append(f"photo missing: {column} {address} (expected as {expected})")
+            if missing_photos == "placeholder":
+                photos[expected] = None
         else:
-            photos.append(found)
+            photos[found] = None
     return tuple(photos), problems
 
 
-def _kind(problem: RowProblem) -> str:
-    return problem.problem.partition(":")[0]
+def doubtful_labels(samples: Sequence[Sample]) -> dict[int, str]:
+    """Say of each row whose label nobody can trust why: no product is so large or small, or labels of one product
+    contradict each other."""
+    doubts = {}
+    for sample in samples:
+        for size in sample.label:
+            if not _SMALLEST_SIZE <= size <= _LARGEST_SIZE:
+                doubts[sample.row] = f"label impossible: {sample.written_label!r}: no product has a side of {size:g} cm"
+    for group in rows_of_products(samples):
+        one, other = most_different(group)
+        if other is not None and label_gap(one.label, other.label) > CONTRADICTION:
+            for sample in group:
+                against = one if sample is not one else other
+                doubts[sample.row] = (f"labels contradict: {sample.written_label!r} here, {against.written_label!r} in "
+                                      f"row {against.row} for the same product")
+    return doubts
+
+
+def rows_of_products(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Group the labelled samples of products that have several."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        if sample.label:
+            groups.setdefault(sample.product_id, []).append(sample)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def most_different(group: Sequence[Sample]) -> tuple[Sample, Sample | None]:
+    """Return the first sample of a product and the one whose label differs most from it; None when none is written
+    differently."""
+    others = [sample for sample in group if sample.written_label != group[0].written_label]
+    return group[0], max(others, key=lambda other: label_gap(group[0].label, other.label), default=None)
+
+
+def label_gap(one: Sequence[float], other: Sequence[float]) -> float:
+    """Say by what share of the larger one two labels differ on a side, sorted; infinite when one has more sides."""
+    if len(one) != len(other):
+        return float("inf")
+    return max(abs(a - b) / max(a, b) for a, b in zip(sorted(one), sorted(other), strict=True))
 
 
 def _rows(count: int) -> str:
@@ -246,7 +276,7 @@ def require_usable(samples: Sequence[Sample], problems: Sequence[RowProblem], da
         raise DataError(f"{data_path}: has no rows below its header. Add one row for each product")
     kinds: dict[int, set[str]] = {}
     for problem in problems:
-        kinds.setdefault(problem.row, set()).add(_kind(problem))
+        kinds.setdefault(problem.row, set()).add(problem.kind)
     names = sorted({kind for of_row in kinds.values() for kind in of_row})
     counts = ", ".join(f"{name} ({_rows(sum(name in of_row for of_row in kinds.values()))})" for name in names)
     message = [f"{data_path}: no row can be used, of {len(kinds)}: {counts}.",
@@ -258,6 +288,23 @@ def require_usable(samples: Sequence[Sample], problems: Sequence[RowProblem], da
     if any(of_row - {"photo missing"} for of_row in kinds.values()):
         message.append("Fill in the text and label of the rows in the sheet.")
     raise DataError(" ".join(message))
+
+
+def count_photos(samples: Sequence[Sample], problems: Sequence[RowProblem]) -> str:
+    """Say how many photos samples have, and how many of them are placeholders."""
+    count = f"{sum(len(sample.photos) for sample in samples)} photos"
+    rows = {sample.row for sample in samples if sample.missing_photos == "placeholder"}
+    stand_ins = sum(problem.kind == "photo missing" and problem.row in rows for problem in problems)
+    return f"{count}, {stand_ins} of them placeholders" if stand_ins else count
+
+
+def obey_bad_rows(problems: Sequence[RowProblem], data_path: str | Path, on_bad_row: str) -> None:
+    """Raise DataError when rows are left out and that is to stop the run (--on_bad_row stop)."""
+    bad = [problem for problem in problems if not problem.used]
+    if on_bad_row == "stop" and bad:
+        raise DataError(f"{data_path}: {_rows(len({problem.row for problem in bad}))} can't be trained on, and "
+                        f"--on_bad_row is stop. The first: row {bad[0].row} ({bad[0].product_id}): {bad[0].problem}. "
+                        "Mend them (python check_data.py lists all), or leave them out with --on_bad_row skip")
 
 
 def split_held_out(samples: Sequence[Sample], fraction: float) -> tuple[list[Sample], list[Sample]]:

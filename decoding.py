@@ -24,6 +24,7 @@ class PackedAnswers:
         self._prompt_seen = torch.arange(prompts.columns, device=device) < prompts.lengths[:, None]  # (B, P)
         self._owners = torch.empty(rows, 0, dtype=torch.long, device=device)  # (B, used) whose token is in a column
         self._mask = torch.empty(0)
+        self._repeated: dict[int, Tensor] = {}  # the mask by how many queries share a key
         self._keys_values = {index: (_extended(keys, room), _extended(values, room))
                              for index, (keys, values) in prompts.kept.keys_values.items()}  # (B, heads, P + room, d)
         self._states = {index: (tail.repeat_interleave(group_size, 0), state.repeat_interleave(group_size, 0))
@@ -35,6 +36,7 @@ class PackedAnswers:
         own = self._owners[:, None] == self.chosen[..., None]  # (B, W, used)
         prompt = self._prompt_seen[:, None].expand(-1, own.shape[1], -1)
         self._mask = additive(torch.cat([prompt, own], -1), torch.float32)[:, None]  # (B, 1, W, P + used)
+        self._repeated = {}
 
     def keep(self, places: Tensor) -> None:
         """Leave only some of the answers in the rows: places (B, W') among the W."""
@@ -53,7 +55,9 @@ class PackedAnswers:
         # Queries that read the same keys stand in one row: (B, key heads, repeats * W, d).
         repeats = query.shape[1] // heads
         asked = query.view(rows, wide, heads, repeats, width).permute(0, 2, 3, 1, 4).reshape(rows, heads, -1, width)
-        out = sdpa(asked, keys[:, :, :end], values[:, :, :end], self._mask.repeat(1, 1, repeats, 1), scaling)
+        if repeats not in self._repeated:  # once a token, not once a layer
+            self._repeated[repeats] = self._mask.repeat(1, 1, repeats, 1)
+        out = sdpa(asked, keys[:, :, :end], values[:, :, :end], self._repeated[repeats], scaling)
         return out.view(rows, heads, repeats, wide, width).permute(0, 3, 1, 2, 4).reshape(query.shape)
 
     def recur(self, module: nn.Module, mixed: Tensor, beta: Tensor, decay: Tensor) -> Tensor:

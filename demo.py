@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 from data import cached_photo_path
 from family import Prompt
-from policy import Policy, set_trainable
+from policy import Policy
 from prompts import build_prompt
 from report import write_sheet
 from reward import score_answer
 from rollout import draw_uniforms
+from trainable import set_trainable
 
 PIXELS, CELLS = 64, 8  # a photo's side in pixels and in grid cells
 CELL = PIXELS // CELLS

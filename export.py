@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from config import ExportOptions, OptionError, TrainOptions, parse_options
+from config import ExportOptions, OptionError, TrainOptions, parse_options, sheet_options
 
 if __name__ == "__main__":
     OPTIONS = parse_options(ExportOptions, "Merge a trained adapter into the model under it.")
@@ -64,7 +64,8 @@ def choose_samples(options: ExportOptions, trained: TrainOptions) -> list[Sample
     path = options.data_path or trained.data_path
     if options.data_path or Path(path).is_file():
         cache = options.image_cache_dir or trained.image_cache_dir
-        samples, problems = load_samples(path, cache, trained.missing_photos, require_label=False)
+        samples, problems = load_samples(path, cache, trained.missing_photos, require_label=False,
+                                         reading=sheet_options(options, trained, bool(options.data_path)))
         require_usable(samples, problems, path, cache)
         return samples[:options.num_products]
     logger.warning(f"{path}: the training sheet is gone; answers are compared on made-up texts without photos "

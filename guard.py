@@ -58,7 +58,7 @@ def score(policy: Policy, group: Group, temperature: float, probes: Sequence[nn.
     for part in parts:
         with torch.set_grad_enabled(bool(probes)):
             scored, _ = policy.log_probs([group.prompt], group.completions[part], group.action_mask[part], temperature,
-                                         exact_path=exact_path)
+                                         exact_path=exact_path, with_entropy=False)
         if probes:
             own = torch.autograd.grad(scored.sum(), probes)
             gradient = gradient.to(scored.device) + torch.cat([each.float().flatten() for each in own])

@@ -19,10 +19,13 @@ def distribution(head: nn.Module, hidden: Tensor, temperature: float | None, ban
 
 
 def score_tokens(head: nn.Linear, hidden: Tensor, tokens: Tensor, temperature: float, banned: Tensor,
-                 chunk_numbers: int = CHUNK_NUMBERS) -> tuple[Tensor, Tensor]:
-    """Log-probs of the tokens (n,) that hidden states (n, d) predict; and the entropy there, without gradient: (n,)."""
+                 with_entropy: bool = True, chunk_numbers: int = CHUNK_NUMBERS) -> tuple[Tensor, Tensor]:
+    """Log-probs of the tokens (n,) that hidden states (n, d) predict; and the entropy there, without gradient: (n,).
+
+    with_entropy False leaves the entropy 0.
+    """
     rows = max(1, chunk_numbers // head.weight.shape[0])
-    return _ScoreTokens.apply(hidden, head.weight, tokens, temperature, banned, rows)
+    return _ScoreTokens.apply(hidden, head.weight, tokens, temperature, banned, with_entropy, rows)
 
 
 def _log_softmax(logits: Tensor, temperature: float, banned: Tensor) -> Tensor:
@@ -35,19 +38,20 @@ class _ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, banned: Tensor,
-                rows: int) -> tuple[Tensor, Tensor]:
+                with_entropy: bool, rows: int) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         ctx.temperature, ctx.rows, ctx.probabilities = temperature, rows, None
-        taken, entropy = (torch.empty(len(tokens), device=hidden.device) for _ in range(2))
+        taken, entropy = (torch.zeros(len(tokens), device=hidden.device) for _ in range(2))
+        whole = len(tokens) <= rows and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         cast = weight.to(ctx.dtype)
         for chunk in _chunks(len(tokens), rows):
             log_probs = _log_softmax(linear(hidden[chunk].to(ctx.dtype), cast), temperature, banned)  # (rows, V)
             taken[chunk] = log_probs.gather(1, tokens[chunk, None])[:, 0]
-            probabilities = log_probs.exp()
-            # p log p, 0 where p is: the products of 0 and -inf are NaN, and left out
-            entropy[chunk] = -log_probs.mul_(probabilities).nan_to_num_(nan=0.0).sum(1)
-            if len(tokens) <= rows and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+            probabilities = log_probs.exp() if with_entropy or whole else None
+            if with_entropy:  # p log p, 0 where p is: the products of 0 and -inf are NaN, and left out
+                entropy[chunk] = -log_probs.mul_(probabilities).nan_to_num_(nan=0.0).sum(1)
+            if whole:
                 ctx.probabilities = probabilities
         ctx.save_for_backward(hidden, weight, tokens, banned)
         ctx.mark_non_differentiable(entropy)
@@ -72,7 +76,7 @@ class _ScoreTokens(torch.autograd.Function):
             if weight_grad is not None:
                 weight_grad += logits_grad.T @ own
         ctx.probabilities = None
-        return hidden_grad, weight_grad, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None
 
 
 def _chunks(count: int, rows: int) -> list[slice]:

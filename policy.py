@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loguru import logger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -218,25 +217,28 @@ class Policy:
                             prefix.last_positions, group_size, max_length)
 
     def log_probs(self, prompts: Sequence[Prompt], completions: Tensor, action_mask: Tensor, temperature: float,
-                  features: Sequence[Tensor | None] | None = None, exact_path: bool | None = None
-                  ) -> tuple[Tensor, Tensor]:
+                  features: Sequence[Tensor | None] | None = None, exact_path: bool | None = None,
+                  with_entropy: bool = True) -> tuple[Tensor, Tensor]:
         """Score answers: log-probs of the tokens taken, and the entropy at each token without gradient.
 
         completions, action_mask: (B * G, T), G rows a prompt in order. Returns two (B * G, T) float32, 0 where masked.
         features: reuse encoded photos; None encodes them here, with gradient where the vision trains.
-        exact_path: a row an answer instead of a row a group; None does as the policy was told.
+        exact_path: a row an answer instead of a row a group; None does as the policy was told. with_entropy False
+        leaves the entropy 0.
         """
         rows = self._plain_rows if (self.exact_path if exact_path is None else exact_path) else self._shared_rows
         with self.computing(), self._checkpointing():
-            return self.root(self._log_probs, rows, prompts, completions, action_mask, temperature, features)
+            return self.root(self._log_probs, rows, prompts, completions, action_mask, temperature, features,
+                             with_entropy)
 
     def _log_probs(self, rows: Callable[..., Tensor], prompts: Sequence[Prompt], completions: Tensor,
-                   action_mask: Tensor, temperature: float, features: Sequence[Tensor | None] | None
-                   ) -> tuple[Tensor, Tensor]:
+                   action_mask: Tensor, temperature: float, features: Sequence[Tensor | None] | None,
+                   with_entropy: bool) -> tuple[Tensor, Tensor]:
         if features is None:
             features = self.family.photo_features(self.model, prompts)
         hidden = rows(prompts, features, completions, action_mask)  # (tokens, d)
-        taken, entropy = score_tokens(self._head, hidden, completions[action_mask], temperature, self._banned)
+        taken, entropy = score_tokens(self._head, hidden, completions[action_mask], temperature, self._banned,
+                                      with_entropy)
         zeros = torch.zeros(action_mask.shape, device=self.device)
         return zeros.masked_scatter(action_mask, taken), zeros.masked_scatter(action_mask, entropy)
 
@@ -345,60 +347,3 @@ def load_policy(model_path: str, options: TrainOptions, device: str, trust_remot
                                                      trust_remote_code, options.quantize)
     return Policy(model.to(choose_device(device)), tokenizer, image_processor, dtype, options.max_slice_nums,
                   options.max_pixels, options.exact_path, options.gradient_checkpointing)
-
-
-def set_trainable(policy: Policy, train_vision: bool) -> list[nn.Parameter]:
-    """Let the language model train, and the vision with train_vision, or the adapter alone where there is one.
-
-    Returns the trainable parameters.
-
-    They are float32 whatever the compute dtype: an update of 1e-6 relative size vanishes in bfloat16.
-    """
-    policy.model.requires_grad_(policy.adapter is None)
-    for module in policy.family.vision_modules(policy.model):
-        module.requires_grad_(train_vision)
-    for name, parameter in policy.model.named_parameters():
-        if ".lora_" in name:
-            parameter.requires_grad_(True)
-    parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-    return parameters
-
-
-def parameter_parts(policy: Policy) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Group parameters by the part a person thinks in: vision, embeddings, each kind of layer, head, adapters."""
-    vision = {id(parameter) for module in policy.family.vision_modules(policy.model)
-              for parameter in module.parameters()}
-    parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in policy.model.named_parameters():
-        words = [word for word in name.split(".")[:-1] if word not in ("model", "layers", "visual")]
-        if id(parameter) in vision:
-            part = "vision: " + words[0]
-        else:
-            words = [word for word in words if not word.isdigit()]
-            part = "adapter: " + words[1] if ".lora_" in name else "language: " + ".".join(words[:2])
-        parts.setdefault(part, []).append((name, parameter))
-    return parts
-
-
-def parameter_table(policy: Policy) -> str:
-    """Say how many parameters of each part train."""
-    lines = [f"{'part':<44}{'parameters':>14}{'trainable':>14}"]
-    total = trainable = 0
-    for part, named in parameter_parts(policy).items():
-        count = sum(parameter.numel() for _, parameter in named)
-        trains = sum(parameter.numel() for _, parameter in named if parameter.requires_grad)
-        total, trainable = total + count, trainable + trains
-        lines.append(f"{part:<44}{count:>14,}{trains:>14,}")
-    return "\n".join([*lines, f"{'all':<44}{total:>14,}{trainable:>14,}"])
-
-
-def warn_without_gradient(policy: Policy) -> list[str]:
-    """Warn of each part that should train but got no gradient; call it after the first backward pass."""
-    silent = [part for part, named in parameter_parts(policy).items()
-              if any(parameter.requires_grad for _, parameter in named)
-              and not any(parameter.grad is not None and bool(parameter.grad.any()) for _, parameter in named)]
-    for part in silent:
-        logger.warning(f"{part} should train but got no gradient at the first step; it stays as it is")
-    return silent

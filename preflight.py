@@ -10,8 +10,9 @@ import torch
 from loguru import logger
 
 from config import TrainOptions
-from data import PhotoError, Sample
+from data import Sample
 from family import Prompt
+from photos import PhotoError
 from policy import Policy
 from processes import Processes
 from replay_buffer import Experience

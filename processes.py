@@ -23,6 +23,7 @@ from family import ModelError
 from models import choose_device
 
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
 SILENCE = timedelta(minutes=30)  # the main process may write a checkpoint for long; a dead one is noticed by torchrun
 _BUCKET = 2 ** 25  # numbers of a gradient reduced at once
 
@@ -39,7 +40,7 @@ class Processes:
         """Whether this is the process that writes."""
         return self.rank == 0
 
-    def most(self, number: int) -> int:
+    def most(self, number: Number) -> Number:
         """The largest of all processes' numbers."""
         return max(self.gather(number))
 

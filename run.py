@@ -12,7 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from config import CompareOptions, OptionError, TrainOptions, parse_options
+from config import CompareOptions, OptionError, TrainOptions, parse_options, sheet_options
 
 if __name__ == "__main__":
     OPTIONS = parse_options(CompareOptions, "Compare a model before and after training on the same products.")
@@ -100,12 +100,15 @@ def choose_samples(options: CompareOptions, trained: TrainOptions) -> list[Sampl
     """The products to compare on: the training run's held-out ones unless told otherwise."""
     own_sheet = options.data_path is not None
     path = options.data_path or (trained.eval_path if options.rows == "held_out" else None) or trained.data_path
-    samples, problems = load_samples(path, options.image_cache_dir or trained.image_cache_dir, trained.missing_photos)
+    from_eval_path = not own_sheet and options.rows == "held_out" and trained.eval_path is not None
+    reading = sheet_options(options, trained, own_sheet, from_eval_path)
+    samples, problems = load_samples(path, options.image_cache_dir or trained.image_cache_dir, trained.missing_photos,
+                                     reading=reading)
     logger.info(f"{path}: {len(samples)} products")
     if samples and problems:
         logger.warning(f"{path}: rows with problems\n{summarise_problems(problems)}")
     require_usable(samples, problems, path, options.image_cache_dir or trained.image_cache_dir)
-    if options.rows == "held_out" and path == trained.data_path:
+    if options.rows == "held_out" and path == trained.data_path and not from_eval_path:
         samples = split_held_out(samples, trained.eval_fraction)[1]
         if not samples:
             raise DataError(f"{path}: --eval_fraction {trained.eval_fraction} of this run held out no product; compare "

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from config import AnswerOptions, OptionError, TrainOptions, parse_options
+from config import AnswerOptions, OptionError, TrainOptions, parse_options, sheet_options
 
 if __name__ == "__main__":
     OPTIONS = parse_options(AnswerOptions, "Try one model on one product, or on a sheet.")
@@ -84,7 +84,8 @@ def answer_sheet(options: AnswerOptions) -> None:
     encoder, trained = load(options)
     data_path = str(options.data_path)
     samples, problems = load_samples(data_path, options.image_cache_dir or trained.image_cache_dir,
-                                     trained.missing_photos, require_label=False)
+                                     trained.missing_photos, require_label=False,
+                                     reading=sheet_options(options, trained, own_sheet=True))
     if samples and problems:
         logger.warning(f"{data_path}: rows with problems\n{summarise_problems(problems)}")
     require_usable(samples, problems, data_path, options.image_cache_dir or trained.image_cache_dir)

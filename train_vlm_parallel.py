@@ -19,12 +19,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from config import OptionError, TrainOptions, parse_options, write_options
+from config import OptionError, SheetOptions, TrainOptions, held_out_sheet, parse_options, write_options
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
     OPTIONS = parse_options(TrainOptions, "GRPO for vision-language models that read sizes off product pages.")
@@ -36,10 +36,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpoint import find_resume, read_state, save_checkpoint
+from checks import count_kinds, leaks, look_over
 from data import (
     DataError,
+    RowProblem,
     Sample,
+    count_photos,
     load_samples,
+    obey_bad_rows,
     products_of_step,
     require_usable,
     split_held_out,
@@ -47,11 +51,12 @@ from data import (
 )
 from evaluation import evaluate, summarise
 from family import ModelError
+from fetch import download_missing
 from guard import check_fast_path
 from lora import is_adapter, rank_of
 from loss import VLM_GRPOLoss, group_advantages
 from models import DTYPES, choose_device, freeze, load_minicpm, load_weights
-from policy import Policy, load_policy, parameter_table, set_trainable
+from policy import Policy, load_policy
 from preflight import preflight
 from processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
 from prompts import read_template
@@ -59,6 +64,7 @@ from replay_buffer import ReplayBuffer, join_experiences, make_experience
 from reward import SUCCESS_REWARD
 from rollout import Group, PromptEncoder, rollout_groups
 from sharding import gathered, load_optimizer_state, shard, whole_optimizer_state, whole_weights
+from trainable import parameter_table, set_trainable
 from update import Learner, learning_rate, make_idle, make_optimizer, micro_batches, set_learning_rate, update
 
 
@@ -241,9 +247,13 @@ def check_on_a_product(policy: Policy, reference: Policy | None, encoder: Prompt
 
 def load_products(options: TrainOptions) -> tuple[list[Sample], list[Sample]]:
     """Read the sheet(s): products to train on and held-out products. Every row left out is logged."""
-    samples = read_sheet(options.data_path, options)
+    samples = read_sheet(options.data_path, options, options)
     if options.eval_path:
-        return samples, read_sheet(options.eval_path, options)
+        held_out = read_sheet(options.eval_path, options, held_out_sheet(options))
+        if samples[0].sheet == held_out[0].sheet:  # another folder's file of the same name
+            held_out = [replace(sample, sheet=options.eval_path) for sample in held_out]
+        log_findings(options.eval_path, list(leaks(samples, held_out)))
+        return samples, held_out
     training, held_out = split_held_out(samples, options.eval_fraction)
     if not training:
         raise DataError(f"{options.data_path}: all {len(samples)} usable products are held out by --eval_fraction "
@@ -254,14 +264,26 @@ def load_products(options: TrainOptions) -> tuple[list[Sample], list[Sample]]:
     return training, held_out
 
 
-def read_sheet(path: str, options: TrainOptions) -> list[Sample]:
+def read_sheet(path: str, options: TrainOptions, reading: SheetOptions) -> list[Sample]:
     """Read one sheet, log each row with a problem; raises DataError when no row can be used."""
-    samples, problems = load_samples(path, options.image_cache_dir, options.missing_photos)
-    logger.info(f"{path}: {len(samples)} products, {sum(len(sample.photos) for sample in samples)} photos")
+    if options.download_missing:
+        download_missing(path, options.image_cache_dir, reading)
+    samples, problems = load_samples(path, options.image_cache_dir, options.missing_photos, reading=reading)
+    logger.info(f"{path}: {len(samples)} products, {count_photos(samples, problems)}")
     if samples and problems:
         logger.warning(f"{path}: rows with problems\n{summarise_problems(problems)}")
     require_usable(samples, problems, path, options.image_cache_dir)
+    obey_bad_rows(problems, path, options.on_bad_row)
+    log_findings(path, look_over(samples))
     return samples
+
+
+def log_findings(path: str, findings: Sequence[RowProblem]) -> None:
+    """Say what may be wrong with rows that are trained on."""
+    if findings:
+        counts = ", ".join(f"{kind} ({count} rows)" for kind, count in count_kinds(findings).items())
+        logger.warning(f"{path}: to look at (python check_data.py shows each): {counts}; the first: row "
+                       f"{findings[0].row} ({findings[0].product_id}): {findings[0].problem}")
 
 
 def load_models(options: TrainOptions, resume_from: Path | None) -> tuple[Policy, Policy | None, bool]:
@@ -330,7 +352,8 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
             batch = join_experiences(items)
             ref_log_probs, _ = run.reference.log_probs(batch.prompts, batch.completions, batch.action_mask,
                                                        options.temperature,
-                                                       batch.features if run.shares_vision else None)
+                                                       batch.features if run.shares_vision else None,
+                                                       with_entropy=False)
             for item, rows in zip(items, ref_log_probs.split([len(item.returns) for item in items]), strict=True):
                 item.log_probs_ref = rows[:, :item.action_mask.shape[1]]
     return buffer

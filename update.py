@@ -19,10 +19,11 @@ from checkpoint import disk_errors
 from config import TrainOptions
 from family import ModelError, Prompt
 from loss import VLM_GRPOLoss
-from policy import Policy, warn_without_gradient
+from policy import Policy
 from processes import Processes
 from replay_buffer import Experience, ReplayBuffer, join_experiences, make_experience
 from sharding import whole
+from trainable import warn_without_gradient
 
 
 @dataclass

@@ -246,7 +246,9 @@ def as_flags(options):
 
     flags = []
     for name, value in asdict(options).items():
-        if value is not None:
+        if isinstance(value, list):
+            flags += [word for item in value for word in (f"--{name}", item)]
+        elif value is not None:
             flags += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value).lower()
                                      if isinstance(value, bool) else str(value)])]
     return flags

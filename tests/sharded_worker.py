@@ -18,8 +18,9 @@ from test_lora import adapted  # noqa: E402
 from test_policy import sample, three_prompts  # noqa: E402
 
 import demo  # noqa: E402
-from policy import Policy, set_trainable  # noqa: E402
+from policy import Policy  # noqa: E402
 from sharding import gathered, shard  # noqa: E402
+from trainable import set_trainable  # noqa: E402
 
 CASES = (("dense", "language", False), ("hybrid", "adapter", False), ("v47", "language", True),
          ("qwen2_5_vl", "language and vision", True))

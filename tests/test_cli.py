@@ -18,7 +18,8 @@ def run(script, *argv, cwd=None):
                           cwd=cwd, timeout=300)
 
 
-@pytest.mark.parametrize("script", ["train_vlm_parallel.py", "run.py", "test_model.py", "export.py", "demo.py"])
+@pytest.mark.parametrize("script", ["train_vlm_parallel.py", "run.py", "test_model.py", "export.py", "demo.py",
+                                    "check_data.py", "download_images.py"])
 def test_help_answers_before_torch_is_imported(script):
     best = min(timed_help(script) for _ in range(3))
     assert best < 2, "help should not wait for torch"

@@ -2,7 +2,17 @@
 
 import pytest
 
-from config import AnswerOptions, CompareOptions, TrainOptions, parse_options, read_options, write_options
+from config import (
+    AnswerOptions,
+    CheckOptions,
+    CompareOptions,
+    DownloadOptions,
+    TrainOptions,
+    parse_options,
+    read_options,
+    sheet_options,
+    write_options,
+)
 
 
 @pytest.fixture
@@ -67,6 +77,11 @@ def test_flags_and_pairs(sheet):
     (["--prompt_file", "none.txt"], "none.txt: no such file"),
     (["--eval_path", "none.xlsx"], "none.xlsx: no such file"),
     (["--resume", "auto", "--overwrite_output_dir"], "contradict"),
+    (["--column", "text"], "--column text: write FIELD=NAME"),
+    (["--column", "texts=标题"], "--column texts=标题"),
+    (["--on_bad_row", "drop"], "skip"),
+    (["--missing_photos", "guess"], "placeholder"),
+    (["--eval_sheet_name", "June"], "--eval_sheet_name June needs --eval_path"),
 ])
 def test_wrong_options_are_refused(sheet, capsys, argv, said):
     assert said in refusal(capsys, *argv)
@@ -93,6 +108,25 @@ def test_options_survive_writing(sheet):
     write_options(options, sheet / "options.yaml")
     assert read_options(sheet / "options.yaml") == options
     assert parse("--config", "options.yaml") == options
+
+
+def test_columns_are_shared_repeated_and_kept(sheet):
+    (sheet / "run.yaml").write_text("column: [text=标题]\nsheet_name: May\n", encoding="utf-8")
+    argv = ("--config", "run.yaml", "--column", "photo=主图")
+    for kind in (TrainOptions, CheckOptions, DownloadOptions):
+        options = parse(*argv, kind=kind)
+        assert (options.column, options.sheet_name) == (["text=标题", "photo=主图"], "May")
+    assert parse().column == []
+    write_options(parse(*argv), sheet / "options.yaml")
+    trained = read_options(sheet / "options.yaml")
+    assert trained == parse(*argv) and parse("--config", "options.yaml") == trained
+    own = CompareOptions(encoding="big5")
+    same = sheet_options(own, trained, own_sheet=False)
+    assert (same.column, same.sheet_name, same.encoding) == (trained.column, "May", "big5")
+    other = sheet_options(own, trained, own_sheet=True)
+    assert (other.column, other.sheet_name) == (trained.column, None)
+    trained.eval_sheet_name = "June"
+    assert sheet_options(CompareOptions(), trained, own_sheet=False, held_out=True).sheet_name == "June"
 
 
 def test_compare_and_answer_options(sheet, capsys):

@@ -3,6 +3,8 @@
 That sampling and scoring equal the models' own forward is tested with the other families in test_policy.py.
 """
 
+import copy
+
 import pytest
 import torch
 from conftest import noise_photo, parts_of, train_options
@@ -11,8 +13,9 @@ from PIL import Image
 from data import PhotoError
 from family import ModelError
 from models import load_minicpm
-from policy import Policy, parameter_parts
+from policy import Policy
 from train_vlm_parallel import train
+from trainable import parameter_parts
 
 WIDE, SQUARE = (64, 32), (32, 32)  # pixels; in tokens of 16 x 16 pixels: 4 x 2 and 2 x 2
 
@@ -66,6 +69,21 @@ def test_pixels_bound_a_photo(qwen_policy):
     image_processor.size = {"shortest_edge": 64 * 64, "longest_edge": 128 * 96}
     assert tokens(SQUARE, None) == 16
     assert tokens(SQUARE, 16 * 16) == 1  # below the model's own smallest number of pixels
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_patches_embedded_by_one_product_are_those_of_the_convolution(kind, tokenizer, image_processor, tmp_path):
+    parts = parts_of(kind, tokenizer, image_processor)
+    for part in parts:
+        part.save_pretrained(tmp_path)
+    stock, (model, *_) = parts[0], load_minicpm(str(tmp_path))
+    pixels = torch.randn(12, 3 * 2 * 8 * 8)
+    wanted, found = (each.model.visual.patch_embed(pixels) for each in (stock, model))
+    assert found.shape == wanted.shape and (found - wanted).abs().max() < 1e-5
+    twin = copy.deepcopy(model)  # as the reference policy is made
+    with torch.no_grad():
+        twin.model.visual.patch_embed.proj.weight.zero_()
+    assert torch.equal(model.model.visual.patch_embed(pixels), found)
 
 
 def test_slices_are_refused_and_the_way_out_is_named(qwen_policy):

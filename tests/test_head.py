@@ -52,6 +52,8 @@ def test_chunks_give_what_plain_log_softmax_gives(rows):
     plain = distribution(head, hidden, 0.7, banned)
     wanted = torch.autograd.grad((plain.gather(1, tokens[:, None])[:, 0] * weights).sum(), (hidden, head.weight))
     log_probs, entropy = score_tokens(head, hidden, tokens, 0.7, banned, chunk_numbers=rows * 11)
+    without, nothing = score_tokens(head, hidden, tokens, 0.7, banned, with_entropy=False, chunk_numbers=rows * 11)
+    assert torch.equal(without, log_probs) and not nothing.any()
     found = torch.autograd.grad((log_probs * weights).sum(), (hidden, head.weight))
     assert torch.allclose(log_probs, plain.gather(1, tokens[:, None])[:, 0].float(), atol=1e-6)
     assert torch.allclose(entropy, torch.special.entr(plain.exp()).sum(1).float(), atol=1e-6)
@@ -83,7 +85,7 @@ def test_logits_are_held_once_in_one_chunk_and_not_at_all_in_many(chunk_numbers,
 
     head = make_head(500, 6, torch.float32)
     hidden = torch.randn(40, 6, requires_grad=True)
-    log_probs, _ = score_tokens(head, hidden, torch.arange(40), 1.0, NONE, chunk_numbers)
+    log_probs, _ = score_tokens(head, hidden, torch.arange(40), 1.0, NONE, chunk_numbers=chunk_numbers)
     gc.collect()
     big = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.numel() >= 3 * 500
            and each.shape[-1] == 500]

@@ -9,10 +9,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # From the ground floor up; a file imports only from files before it.
-FLOORS = ["config", "prompts", "reward", "family", "data", "replay_buffer", "remote_code", "family_minicpm_remote",
-          "family_minicpm_v46", "family_qwen_vl", "shared_prefix", "decoding", "head", "lora", "models", "policy",
-          "loss", "rollout", "guard", "processes", "sharding", "checkpoint", "update", "preflight", "evaluation",
-          "report", "demo", "export", "test_model", "run", "train_vlm_parallel"]
+FLOORS = ["config", "prompts", "labels", "reward", "photos", "table", "sheet", "family", "data", "checks", "check_page",
+          "fetch", "replay_buffer", "remote_code", "family_minicpm_remote", "family_minicpm_v46", "family_qwen_vl",
+          "shared_prefix", "decoding", "head", "lora", "models", "policy", "trainable", "loss", "rollout", "guard",
+          "processes", "sharding", "checkpoint", "update", "preflight", "evaluation", "report", "demo",
+          "check_data", "download_images", "export", "test_model", "run", "train_vlm_parallel"]
 
 
 def own_imports(tree):
@@ -35,7 +36,8 @@ def test_imports_go_down_only(name):
 
 
 def test_the_ground_floor_knows_no_torch():
-    for name in ("config", "prompts", "reward", "data"):
+    for name in ("config", "prompts", "labels", "reward", "photos", "table", "sheet", "data", "checks", "check_page",
+                 "fetch"):
         assert "torch" not in set(own_imports(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))))
 
 

@@ -24,7 +24,8 @@ import train_vlm_parallel as training
 from config import AnswerOptions, CompareOptions, ExportOptions, OptionError, read_options, write_options
 from family import ModelError
 from models import load_minicpm
-from policy import Policy, parameter_table, set_trainable, warn_without_gradient
+from policy import Policy
+from trainable import parameter_table, set_trainable, warn_without_gradient
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}

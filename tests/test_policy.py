@@ -9,8 +9,9 @@ from conftest import noise_photo, own_logits, tiny_model
 import shared_prefix
 from family import ModelError, shrink
 from models import family_of, freeze, load_minicpm, load_weights
-from policy import Policy, _inverse_cdf, set_trainable, warn_without_gradient
+from policy import Policy, _inverse_cdf
 from rollout import draw_uniforms
+from trainable import set_trainable, warn_without_gradient
 
 
 def three_prompts(policy):

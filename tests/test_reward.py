@@ -1,4 +1,4 @@
-"""The reward by hand-worked numbers, the strict label reader, the lenient answer reader, and hostile input."""
+"""The reward by hand-worked numbers, the lenient answer reader, and hostile input."""
 
 import json
 import math
@@ -149,6 +149,8 @@ def test_zero_is_a_number_and_an_enormous_number_scores_zero():
     ('{"length": 4, "unit": "英寸"}', (10.16,)),
     ('{"length": 4, "unit": "\\""}', (10.16,)),
     ('{"length": 2, "unit": "feet"}', (60.96,)),
+    ('{"length": "19⅝\\""}', (49.8475,)),  # the number reader of the labels
+    ("3½ x 2 x 1 inch", (8.89, 5.08, 2.54)),
     ('{"length": 12, "unit": ""}', (12,)),
     ('{"length": 12, "unit": null}', (12,)),
     # truncated, single quotes, no quotes: numbers as text, the stated unit obeyed
@@ -196,70 +198,6 @@ def test_answers_are_read_leniently(answer, sizes):
 def test_an_unknown_unit_makes_the_answer_invalid(answer, named):
     parts = score_answer(answer, MUG)
     assert (parts.reward, parts.sizes, parts.valid) == (0.0, (), False) and named in parts.reason
-
-
-@pytest.mark.parametrize(("label", "sizes"), [
-    # as written in shops and sheets
-    ("[66.0, 53.0, 73.0, cm]", (66, 53, 73)),
-    ("12 8 15", (12, 8, 15)),
-    ("[4.0, 4.0, 5.0, inch]", (10.16, 10.16, 12.7)),
-    ('{"length": 12, "width": 8, "height": 15, "unit": "cm"}', (12, 8, 15)),
-    ("138(L) x 90(W) x 100(H) MM", (13.8, 9, 10)),
-    ("75(W) x 65(H) x 45(D) MM", (7.5, 6.5, 4.5)),
-    ("385mmX385mmX135mm", (38.5, 38.5, 13.5)),
-    ("185*160*100MM", (18.5, 16, 10)),
-    ("9.8 x 3.05 x 5.8cm", (9.8, 3.05, 5.8)),
-    ("357 mm", (35.7,)),
-    ("１２ ８ １５", (12, 8, 15)),
-    ("长61*宽43*高20厘米", (61, 43, 20)),
-    ("0.5m x 30cm x 120mm", (50, 30, 12)),
-    # other forms of the same grammar
-    ("12 x 8 x 15 inch", (30.48, 20.32, 38.1)),
-    ('12" x 8"', (30.48, 20.32)),
-    ("12 by 8 by 15 cm.", (12, 8, 15)),
-    ("[120,80,150] mm", (12, 8, 15)),
-    ("12 × 8 (cm)", (12, 8)),
-    ("12; 8; 15", (12, 8, 15)),
-    ("12, 8, 15", (12, 8, 15)),
-    ("Length: 12 cm, Width: 8 cm, Height: 15 cm", (12, 8, 15)),
-    ('{"height": 150, "unit": "mm"}', (15,)),
-    ([12, 8.5], (12, 8.5)),
-    (35.7, (35.7,)),
-])
-def test_labels_of_the_simple_forms_are_read_as_written(label, sizes):
-    assert parse_label(label) == pytest.approx(sizes)
-
-
-@pytest.mark.parametrize("label", [
-    # as written in shops and sheets: a tolerance, a diameter, thousands, weights, counts, variants, ranges, an age
-    "74×48cm±1cm", "直径10.5cm*高17cm", "φ380*30mm", "2,019 x 725 x 1,104 mm", "84 x 53 x 198 cm; 64 kg",
-    "39x28x14 cm,11 l", "77x28 cm 2 pack", '19⅝"', "1400/1600*820*750mm", "50cm×30cm×9cm-7cm", "50x30x10-6cm",
-    "200*230cm/220*240cm", "S 145*133*75mm\nM 187.4*172.5*97.4mm\nL 232*213*122.2mm", "枕套：48*74cm*2", "10寸/12寸",
-    "175x30-104x179 cm", "79,114,150x79 cm", '177/8x51/2x61/4"', "300*400**160出线孔4个",
-    "产品尺寸: 430(L) x 330(W) x 100(H) MM 包装尺寸: 450(L) x 350(W) x 100(H) MM", "4-seat", "0-6",
-    # what a guess could get wrong
-    "12,8", "1,200", "[1,200, 800]", "12**8", "10寸", "12/8", "48*74cm*2", "12 inch x 8 x 15", "12x8 15", "12 8 15 9",
-    "5 ft 3 in", "1 m 20 cm", "D10 x H17 cm", "长61 宽43 长86", "L 12 x 8 x 15", "12\n8\n15", "08 12", "12²", "1e2",
-    "12 kg", "12 8 15,", "[12 8 15)", "(120 x 80) (mm)", "12 cm mm", "12 x 8 x", "about 12", "5'", "cm", "{",
-    '{"length": 12, "length": 5}',
-    '{"length": 12, "weight": 5}', '{"length": "12"}', '{"length": 12, "unit": "kg"}', '{"length": NaN}', "٣ ٤",
-    '{"length": ' * 5000, '{"length": ' + "1" * 5000 + "}", "9" * 400,
-])
-def test_other_labels_are_refused_with_what_is_accepted(label):
-    with pytest.raises(LabelError, match="accepted are one to three sizes such as 12 8 15") as error:
-        parse_label(label)
-    assert repr(label[:80]) in str(error.value)
-
-
-@pytest.mark.parametrize(("label", "fault"), [
-    ("[0, 0, 0, cm]", "not positive"), ("[-3, 4, 5, cm]", "not positive"), ([12, 0], "not positive"),
-    ([math.inf], "not finite"), ("", "missing"), ("  ", "missing"), ("N/A", "missing"), (None, "missing"),
-    (math.nan, "missing"), ([], "missing"), ("12,8", "comma between digits"), ([1, 2, 3, 4], "4 numbers"),
-    ("10寸", "寸"), ("84 x 53 x 198 cm; 64 kg", "64 kg"),
-])
-def test_a_refusal_says_why(label, fault):
-    with pytest.raises(LabelError, match=fault):
-        parse_label(label)
 
 
 HOSTILE = [

@@ -8,7 +8,8 @@ from test_lora import adapted
 from test_policy import sample, three_prompts
 
 import shared_prefix
-from policy import Policy, set_trainable
+from policy import Policy
+from trainable import set_trainable
 
 
 def gradients(policy, prompts, generation, exact_path, checkpointing):

@@ -17,9 +17,12 @@ from safetensors.torch import load_file
 
 import train_vlm_parallel as training
 from checkpoint import list_checkpoints, options_of
-from config import OptionError, TrainOptions
+from config import CompareOptions, OptionError, TrainOptions
 from data import DataError
 from loss import VLM_GRPOLoss
+from report import write_sheet
+from run import choose_samples
+from table import write_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +37,45 @@ def tags(log_dir):
     events = EventAccumulator(str(log_dir))
     events.Reload()
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_bad_rows_stop_a_run_before_weights_load(shop, tmp_path):
+    options = train_options(shop, tmp_path, on_bad_row="stop", model_path=str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="2 rows can't be trained on, and --on_bad_row is stop. The first: row 10 "):
+        training.train(options)
+
+
+def test_held_out_rows_are_told_apart_from_a_sheet_of_the_same_name(shop, tmp_path):
+    rows = [["text", "label"], ["box a", "1 8 15"], ["box b", "2 8 15"]]
+    for folder in ("train", "test"):
+        (tmp_path / folder).mkdir()
+        write_table(tmp_path / folder / "data.xlsx", rows)
+    options = train_options(shop, tmp_path, data_path=str(tmp_path / "train" / "data.xlsx"),
+                            eval_path=str(tmp_path / "test" / "data.xlsx"))
+    products, held_out = training.load_products(options)
+    assert not {(sample.sheet, sample.row) for sample in products} & {(s.sheet, s.row) for s in held_out}
+
+
+def test_run_finds_the_held_out_worksheet_of_the_same_workbook(tmp_path):
+    write_sheet(tmp_path / "data.xlsx", {name: [{"text": f"{name} {row}", "label": f"{row + 1} 2 3"}
+                                                for row in range(3)] for name in ("train", "test")})
+    path = str(tmp_path / "data.xlsx")
+    trained = TrainOptions(data_path=path, sheet_name="train", eval_path=path, eval_sheet_name="test")
+    for rows in ("test", "train"):
+        options = CompareOptions(checkpoint_path="x", rows="held_out" if rows == "test" else "all")
+        assert [sample.text for sample in choose_samples(options, trained)] == [f"{rows} {row}" for row in range(3)]
+
+
+def test_odd_rows_and_leaks_are_said_at_start(shop, tmp_path, said):
+    write_table(tmp_path / "data.xlsx", [["name", "label"], ["box 1 x 8 x 15 cm", "1 8 15"], ["box b", "9 9 9"]])
+    write_table(tmp_path / "test.xlsx", [["name", "label"], ["box b", "9 9 9"]])
+    options = train_options(shop, tmp_path, data_path=str(tmp_path / "data.xlsx"), column=["text=name"],
+                            eval_path=str(tmp_path / "test.xlsx"))
+    products, held_out = training.load_products(options)
+    text = "".join(said)
+    assert len(products) == 2 and len(held_out) == 1
+    assert "answer in the text (1 rows)" in text and "label like a placeholder (1 rows)" in text
+    assert "held-out product trained on (1 rows)" in text
 
 
 def test_a_run_trains_logs_and_saves(shop, tmp_path, said):

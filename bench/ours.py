@@ -1,0 +1,73 @@
+"""Our side of the benchmark: one step of the program on one product."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from cases import ANSWER_TOKENS, Case, seeded_rewards
+from config import TrainOptions
+from data import Sample
+from loss import VLM_GRPOLoss
+from meter import Meter
+from rollout import Group, PromptEncoder, rollout_groups
+from train_vlm_parallel import Run, fill_buffer, load_models
+from trainable import set_trainable
+from update import Learner, make_optimizer, update
+
+TEMPLATE = "{text}"
+
+
+def step_options(model_folder: Path, case: Case) -> TrainOptions:
+    """Options of a step on one product."""
+    return TrainOptions(model_path=str(model_folder), group_size=case.group_size, max_length=ANSWER_TOKENS,
+                        temperature=1.0, batch_size=1, rollout_batch_size=1, micro_batch_size=1, lr=1e-6,
+                        kl_weight=0.01, train_vision=case.train_vision, device="cpu", num_threads=1)
+
+
+def make_run(options: TrainOptions, template: str | None = TEMPLATE) -> Run:
+    """Load policy and reference as a training run does."""
+    policy, reference, shares_vision = load_models(options, None)
+    parameters = set_trainable(policy, options.train_vision)
+    objective = VLM_GRPOLoss(options.clip_eps, options.kl_weight, max_length=options.max_length)
+    learner = Learner(policy, parameters, make_optimizer(parameters, options), objective)
+    return Run(learner, reference, shares_vision, PromptEncoder(policy, template=template), None, [], [])
+
+
+def our_step(run: Run, options: TrainOptions, step: int, meter: Meter, rewards: Sequence[float] | None = None
+             ) -> list[Group]:
+    """Do one step on run.products, their photos read and prepared anew; rewards: stand in for those of the answers."""
+    with meter.phase("prepare"):
+        run.encoder = PromptEncoder(run.policy, template=run.encoder.template)
+        for sample in run.products:
+            run.encoder.encode(sample)
+    with meter.phase("generate"):
+        groups, failures = rollout_groups(run.encoder, run.products, options.group_size, options.temperature,
+                                          options.max_length, f"bench/{step}", options.rollout_batch_size)
+        if failures:
+            raise RuntimeError(str(failures[0]))
+        for group in groups if rewards else ():
+            group.rewards = [replace(part, reward=reward) for part, reward in
+                             zip(group.rewards, rewards, strict=True)]
+    with meter.phase("reference"):
+        buffer = fill_buffer(groups, run, options)
+    with meter.phase("train"):
+        update(run.learner, buffer, options, step)
+    return groups
+
+
+def measured_step(run: Run, options: TrainOptions, case: Case, sample: Sample, step: int, meter: Meter) -> list[Group]:
+    """Do one step on a sample with the meter started at its beginning and charged at its end."""
+    run.products = [sample]
+    meter.restart()
+    groups = our_step(run, options, step, meter, seeded_rewards(case))
+    meter.charge()
+    run.encoder = PromptEncoder(run.policy, template=run.encoder.template)  # nothing is kept for the next step
+    return groups
+
+
+def reference_log_probs(run: Run, group: Group, rows: int) -> torch.Tensor:
+    """Score the first rows of a group under the reference, (rows, T)."""
+    with torch.no_grad():
+        return run.reference.log_probs([group.prompt], group.completions[:rows], group.action_mask[:rows], 1.0)[0]
