@@ -156,7 +156,8 @@ class OptimizerOptions:
     epochs: int = option(1, "passes over a step's buffer")
     minibatch_size: int | None = option(None, "products an optimizer step; default: the whole buffer")
     micro_batch_size: int = option(1, "products a forward and backward pass; changes memory and speed, not the "
-                                      "result; 0 starts with what fits and halves when memory runs out")
+                                      "result; 0 starts with what fits the GPU (on a CPU, with all) and halves when "
+                                      "memory runs out")
     max_bad_steps: int = option(5, "stop after so many steps in a row with a non-finite loss or gradient")
     max_kl: float = option(10.0, "warn of every step whose mean KL from the reference is above")
     min_entropy: float = option(0.0, "warn of every step whose mean entropy, in nats a token, is below")

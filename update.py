@@ -95,6 +95,7 @@ def keep_bad_batch(minibatch: Sequence[Experience], options: TrainOptions, step:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(ReplayBuffer(items=list(minibatch)).state_dict(), path)
     except OSError as problem:
+        path.unlink(missing_ok=True)
         logger.warning(f"{path}: not written: {problem}")
 
 

@@ -19,7 +19,7 @@ import update
 from checkpoint import find_damage, list_checkpoints, whole_folder, write_checksums
 from config import OptionError, TrainOptions
 from family import ModelError
-from preflight import largest_product, products_that_fit
+from preflight import largest_product, moments_to_come, products_that_fit
 from replay_buffer import ReplayBuffer
 
 
@@ -218,6 +218,16 @@ def test_a_bad_batch_is_kept_for_inspection(shop, tmp_path, said):
     assert all(any(torch.equal(one.sequences, other.sequences) for other in buffer.items) for one in kept.items)
 
 
+def test_a_full_disk_costs_no_more_than_the_bad_batch(tmp_path, said, monkeypatch):
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
+
+    monkeypatch.setattr(update.torch, "save", full)
+    update.keep_bad_batch([], TrainOptions(output_dir=str(tmp_path)), 6, training.Processes(1, 2))
+    assert "bad_batch_step_000007_process_1.pt: not written" in "".join(said) and not list(tmp_path.iterdir())
+
+
 def test_bounds_warn(said):
     options = TrainOptions(max_kl=0.5, min_entropy=0.1)
     training.warn_beyond_bounds({"kl_divergence": 0.5, "entropy": 0.1}, options, 1)
@@ -289,6 +299,18 @@ def test_the_largest_product_has_the_longest_prompt(shop, tmp_path):
     lengths = [len(run.encoder.encode(product).input_ids) for product in run.products]
     assert len(prompt.input_ids) == max(lengths) > min(lengths) and sample in run.products
     assert largest_product(run.encoder, []) == (None, None)
+
+
+def test_adams_moments_are_foretold(shop, tmp_path):
+    options = train_options(shop, tmp_path)
+    run, buffer = one_step(options)
+    foretold = moments_to_come(run.learner)
+    assert foretold == 2 * 4 * sum(parameter.numel() for parameter in run.learner.parameters) > 0
+    update.update(run.learner, buffer, options, step=0)
+    moments = [value for state in run.learner.optimizer.state.values() for name, value in state.items()
+               if name.startswith("exp_avg")]
+    assert sum(value.numel() * value.element_size() for value in moments) == foretold
+    assert moments_to_come(run.learner) == 0
 
 
 @pytest.mark.parametrize(("peak", "moments", "fits"), [
