@@ -71,6 +71,11 @@ def test_a_process_whose_rollouts_fail_changes_nothing_else(folder):
     assert all(torch.isfinite(value).all() for value in one.values())
 
 
+def test_a_process_short_of_memory_halves_by_itself(folder):
+    found = load_file(folder / "short" / "step_000005" / "model.safetensors")
+    assert difference(found, last_weights(folder, "none, full, hybrid", 4)) < 1e-5
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_ready_configs_start(folder, tmp_path, path):
     """Here in one process, with a tiny model; the fixture starts them in two."""

@@ -117,6 +117,25 @@ def failing_rollouts(folder, sharding):
     assert sum("no rollout" in line for line in said) == 4 * dist.get_rank()
 
 
+def short_of_memory(folder):
+    """The second process has room for one product a pass, the first for all."""
+    good, said = update.score, []
+
+    def short(learner, items, options):
+        if len(items) > 1:
+            raise torch.OutOfMemoryError("planted")
+        return good(learner, items, options)
+
+    sink = logger.add(lambda line: said.append(str(line)), format="{message}")
+    if dist.get_rank() == 1:
+        update.score = short
+    training.train(options_of_case(folder, "none, full, hybrid", 2, micro_batch_size=0,
+                                   output_dir=str(folder / "short")))
+    update.score = good
+    logger.remove(sink)
+    assert sum("out of memory with 2 products a pass: going on with 1" in line for line in said) == dist.get_rank()
+
+
 def planted_nan(folder, sharding):
     """A NaN in the second process's gradient: both skip the step, and have the same weights after the next."""
     options = options_of_case(folder, f"{sharding}, full, hybrid", 2, output_dir=str(folder / f"NaN {sharding}"))
@@ -173,6 +192,7 @@ def main(folder):
     for path in CONFIGS:
         training.train(options_of_config(path, folder, folder / path.stem))
         print(f"{path.name}: done", flush=True)
+    short_of_memory(folder)
     for sharding in ("none", "fsdp"):
         failing_rollouts(folder, sharding)
         planted_nan(folder, sharding)
