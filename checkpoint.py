@@ -2,9 +2,10 @@
 
 A checkpoint is a folder that transformers loads by itself (safetensors weights, tokenizer, image processor), with
 options.yaml and, for --resume, trainer_state.pt beside the weights. With --lora_rank it holds the adapter instead of
-the weights, as peft writes it.
+the weights, as peft writes it. checksums.json, written last, has the SHA-256 of every other file.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from loguru import logger
+from safetensors import SafetensorError
 from torch import Tensor
 
 from config import OptionError, TrainOptions, read_options, split_reward, write_options
@@ -27,6 +29,7 @@ from policy import Policy, load_policy
 OPTIONS_FILE = "options.yaml"
 STATE_FILE = "trainer_state.pt"
 PROMPT_FILE = "prompt.txt"
+CHECKSUMS_FILE = "checksums.json"
 BEST, BEST_FILE = "best", "best.json"
 _REWARD_FILE = "own_reward_{}.py"
 _NAME = re.compile(r"step_(\d+)$")
@@ -37,12 +40,14 @@ def save_checkpoint(policy: Policy, options: TrainOptions, step: int, state: dic
     """Write output_dir/step_N with weights, tokenizer, processor, options and trainer state; then prune old ones.
 
     weights: the whole ones, where the policy holds only a share.
-    The folder appears under its name only when every file in it is on the disk.
+    The folder appears under its name only when every file in it is on the disk; raises OSError when the disk fails,
+    and then leaves the earlier checkpoints alone.
     """
     final = Path(options.output_dir) / f"step_{step:06d}"
-    with whole_folder(final) as folder:
+    with whole_folder(final) as folder, disk_errors():
         save_model(policy, options, options.model_path, folder, weights)
         torch.save(state, folder / STATE_FILE)
+        write_checksums(folder)
     prune_checkpoints(Path(options.output_dir), options.keep_last)
     return final
 
@@ -70,7 +75,7 @@ def keep_best(policy: Policy, options: TrainOptions, step: int, reward: float,
     if best is None or reward > best["mean_reward"]:
         best = {"step": step, "mean_reward": reward}
         if options.save_best:
-            with whole_folder(Path(options.output_dir) / BEST) as folder:
+            with whole_folder(Path(options.output_dir) / BEST) as folder, disk_errors():
                 save_model(policy, options, options.model_path, folder, weights)
                 (folder / BEST_FILE).write_text(json.dumps(best), encoding="utf-8")
     return 0 < options.stop_after * options.eval_every <= step - best["step"]
@@ -88,20 +93,64 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
     An error in the block leaves nothing behind.
     """
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, replaced = (final.with_name(final.name + ending) for ending in (".partial", ".replaced"))
+    for path in (partial, replaced):
+        shutil.rmtree(path, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        for path in sorted(partial.iterdir()):
+        for path in sorted(partial.rglob("*")):
             _sync(path)
         _sync(partial)
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(replaced)
         partial.rename(final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     _sync(final.parent)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raise OSError for what safetensors and torch raise instead when the disk takes no more."""
+    try:
+        yield
+    except SafetensorError as problem:
+        raise OSError(str(problem)) from problem
+    except RuntimeError as problem:
+        if "inline_container" not in str(problem):  # the writer of torch.save
+            raise
+        raise OSError(f"a file could be written in part only: {problem}") from problem
+
+
+def write_checksums(folder: Path) -> None:
+    """Write down the SHA-256 of every file that the folder holds."""
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(_checksums(folder), indent=1), encoding="utf-8")
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != CHECKSUMS_FILE:
+            with path.open("rb") as file:
+                sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def find_damage(folder: Path) -> str | None:
+    """Compare a checkpoint's files with their checksums; says which file is wrong and how, None when all are right."""
+    try:
+        wanted = json.loads((folder / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+        found = _checksums(folder)
+    except (OSError, ValueError) as problem:
+        return f"{CHECKSUMS_FILE} can't be read ({problem})"
+    for name, checksum in wanted.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != checksum:
+            return f"{name} has changed since it was written, by its checksum"
+    return None
 
 
 def _sync(path: Path) -> None:
@@ -128,8 +177,11 @@ def prune_checkpoints(output_dir: Path, keep_last: int) -> None:
 def find_resume(options: TrainOptions) -> Path | None:
     """Resolve --resume: the named folder, or the newest checkpoint of output_dir for "auto"; None starts afresh.
 
-    A fresh run never mixes with the checkpoints of an earlier one: OptionError, unless --overwrite_output_dir.
+    A fresh run never mixes with the checkpoints of an earlier one: OptionError, unless --overwrite_output_dir. What
+    a killed run had half written is thrown away.
     """
+    for path in Path(options.output_dir).glob("step_*.partial"):
+        shutil.rmtree(path)
     if options.resume is None:
         earlier = list_checkpoints(Path(options.output_dir))
         if earlier and not options.overwrite_output_dir:
@@ -144,22 +196,44 @@ def find_resume(options: TrainOptions) -> Path | None:
         if not found:
             logger.info(f"--resume auto: no checkpoint in {options.output_dir} yet, starting from the beginning")
             shutil.rmtree(Path(options.output_dir) / BEST, ignore_errors=True)  # of the start that was cut off
-        return found[-1] if found else None
+            return None
+        return newest_whole(found)
     path = Path(options.resume)
     if not (path / STATE_FILE).is_file():
         raise OptionError(f"--resume {path}: no checkpoint folder with a {STATE_FILE}; give one, or auto")
+    if damage := find_damage(path):
+        raise OptionError(f"--resume {path}: this checkpoint is damaged: {damage}; give an earlier one, or auto")
     return path
 
 
+def newest_whole(found: list[Path]) -> Path:
+    """The newest of some checkpoints, oldest first, that is not damaged; names those that are.
+
+    Raises OptionError when all are.
+    """
+    for path in reversed(found):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        logger.warning(f"--resume auto: {path} is damaged: {damage}; looking at the checkpoint before it")
+    raise OptionError(f"--resume auto: every checkpoint in {found[0].parent} is damaged (see the warnings above); "
+                      "start again with --overwrite_output_dir instead of --resume")
+
+
 # Options that a resumed run may change freely; any other difference means other steps than without the stop.
-_FREE = {"gpu_ids", "sharding", "gradient_checkpointing", "checkpoint_path", "trust_remote_code", "device",
-         "num_threads", "image_cache_dir", "download_missing", "on_bad_row", "rollout_batch_size", "prompt_cache_mb",
-         "micro_batch_size", "max_bad_steps", "output_dir", "log_dir", "save_every", "keep_last", "eval_every",
-         "eval_samples", "show_every", "save_best", "stop_after", "resume", "overwrite_output_dir", "prompt_file"}
+# Of batch_size only its product with the number of processes counts: see check_products.
+_FREE = {"batch_size", "preflight", "gpu_ids", "sharding", "gradient_checkpointing", "checkpoint_path",
+         "trust_remote_code", "device", "num_threads", "image_cache_dir", "download_missing", "on_bad_row",
+         "rollout_batch_size", "prompt_cache_mb", "micro_batch_size", "max_bad_steps", "max_kl", "min_entropy",
+         "output_dir", "log_dir", "save_every", "keep_last", "eval_every", "eval_samples", "show_every", "save_best",
+         "stop_after", "resume", "overwrite_output_dir", "prompt_file"}
 
 
-def read_state(path: Path, options: TrainOptions) -> dict[str, Any]:
-    """Read a checkpoint's trainer state; warns of every option that differs from the run it continues."""
+def read_state(path: Path, options: TrainOptions, world: int = 1) -> dict[str, Any]:
+    """Read a checkpoint's trainer state; warns of every option that differs from the run it continues.
+
+    world: how many processes there are. Raises OptionError when they take another number of products a step.
+    """
     saved = read_options(path / OPTIONS_FILE)
     free = _FREE | ({"max_steps"} if options.lr_scheduler == "constant" else set())
     for name, before in asdict(saved).items():
@@ -167,7 +241,26 @@ def read_state(path: Path, options: TrainOptions) -> dict[str, Any]:
         if before != now and name not in free:
             logger.warning(f"--{name} is {now} now, the run being resumed had {before}: it goes on, but not as it "
                            "would have without the stop")
-    return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+    state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+    check_products(state, options, world, path)
+    if options.minibatch_size and world != state["world"]:
+        logger.warning(f"--minibatch_size {options.minibatch_size} on {world} processes instead of {state['world']}: "
+                       "each optimizer step takes other products than it would have without the stop")
+    return state
+
+
+def check_products(state: dict[str, Any], options: TrainOptions, world: int, path: Path) -> None:
+    """Refuse another number of products a step: the place in the sheet is counted in steps. Raises OptionError."""
+    before, now = state["products_per_step"], options.batch_size * world
+    if now == before:
+        return
+    if before % world:
+        fitting = ", ".join(str(count) for count in range(1, before + 1) if before % count == 0)
+        advice = f"no --batch_size gives {before} on {world} processes: take one of these numbers of them: {fitting}"
+    else:
+        advice = f"give --batch_size {before // world}"
+    raise OptionError(f"--batch_size {options.batch_size} x {world} processes = {now} products a step; the run in "
+                      f"{path} took {before}, and would go on at another place of the sheet: {advice}")
 
 
 def options_of(checkpoint_path: str) -> TrainOptions | None:

@@ -160,8 +160,12 @@ class OptimizerOptions:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     epochs: int = option(1, "passes over a step's buffer")
     minibatch_size: int | None = option(None, "products an optimizer step; default: the whole buffer")
-    micro_batch_size: int = option(1, "products a forward and backward pass; changes memory and speed, not the result")
+    micro_batch_size: int = option(1, "products a forward and backward pass; changes memory and speed, not the "
+                                      "result; 0 starts with what fits the GPU (on a CPU, with all) and halves when "
+                                      "memory runs out")
     max_bad_steps: int = option(5, "stop after so many steps in a row with a non-finite loss or gradient")
+    max_kl: float = option(10.0, "warn of every step whose mean KL from the reference is above")
+    min_entropy: float = option(0.0, "warn of every step whose mean entropy, in nats a token, is below")
 
 
 @dataclass
@@ -181,7 +185,10 @@ class RunOptions:
     stop_after: int = option(0, "stop after so many evaluations in a row without a better held-out mean reward; 0: go "
                                 "on to max_steps")
     seed: int = option(0, "seed of the data order and of every sampled token")
-    resume: str | None = option(None, "auto: go on from the newest checkpoint in output_dir; or a checkpoint folder")
+    preflight: bool = option(True, "run the largest product forward and backward before the first step and say what "
+                                   "memory it took")
+    resume: str | None = option(None, "auto: go on from the newest whole checkpoint in output_dir; or a checkpoint "
+                                     "folder")
 
 
 @dataclass
@@ -414,12 +421,12 @@ class DemoOptions:
 
 
 _POSITIVE = ("group_size", "batch_size", "max_length", "temperature", "rollout_batch_size", "lr", "max_grad_norm",
-             "epochs", "minibatch_size", "micro_batch_size", "max_bad_steps", "max_steps", "save_every",
+             "epochs", "minibatch_size", "max_kl", "max_bad_steps", "max_steps", "save_every",
              "eval_samples", "num_samples", "num_products", "eval_batch_size", "max_products", "num_threads",
              "max_slice_nums", "max_pixels", "max_prompt_length", "lora_rank", "lora_alpha", "products", "held_out",
              "warm_up_steps", "workers", "timeout", "deadline", "max_file_mb")
 _NOT_NEGATIVE = ("kl_weight", "std_floor", "warmup_steps", "weight_decay", "keep_last", "eval_every", "show_every",
-                 "seed", "prompt_cache_mb", "stop_after", "retries", "max_photos")
+                 "seed", "prompt_cache_mb", "stop_after", "micro_batch_size", "min_entropy", "retries", "max_photos")
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{name: (lambda value: value > 0, "must be above 0") for name in _POSITIVE},
     **{name: (lambda value: value >= 0, "must be 0 or more") for name in _NOT_NEGATIVE},

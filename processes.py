@@ -6,13 +6,12 @@ function here that talks to the others is called by all of them, whatever happen
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -106,8 +105,8 @@ def started_by_torchrun() -> bool:
     return "RANK" in os.environ
 
 
-def launch(gpu_ids: Sequence[int], script: str, arguments: Sequence[str]) -> int:
-    """Run the script by torchrun, a process a GPU, and return its exit status; raises OptionError for absent GPUs."""
+def launch(gpu_ids: Sequence[int], script: str, arguments: Sequence[str]) -> NoReturn:
+    """Become torchrun with a process a GPU, so that signals meet it; raises OptionError for absent GPUs."""
     there = torch.cuda.device_count()
     absent = [index for index in gpu_ids if not 0 <= index < there]
     if absent:
@@ -115,9 +114,9 @@ def launch(gpu_ids: Sequence[int], script: str, arguments: Sequence[str]) -> int
         raise OptionError(f"--gpu_ids: no GPU {', '.join(map(str, absent))} here; there are: {found}")
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = shown.split(",") if shown else [str(index) for index in range(there)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(names[index] for index in gpu_ids)}
-    return subprocess.call([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                            str(len(gpu_ids)), script, *arguments], env=environment)
+    os.execve(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                               str(len(gpu_ids)), script, *arguments],
+              os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(names[index] for index in gpu_ids)})
 
 
 def join(device: str) -> Processes:

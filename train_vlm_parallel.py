@@ -10,7 +10,7 @@ Each step: sample a group of answers for some products, score them, compare them
 towards the better ones by a clipped, KL-bound update. Every option: --help.
 """
 
-import copy
+import math
 import os
 import signal
 import sys
@@ -18,44 +18,32 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from config import OptionError, SheetOptions, TrainOptions, held_out_sheet, parse_options, write_options
+from config import OptionError, TrainOptions, parse_options, write_options
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
     OPTIONS = parse_options(TrainOptions, "GRPO for vision-language models that read sizes off product pages.")
 
 import torch
 from loguru import logger
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 from checkpoint import find_resume, keep_best, read_best, read_state, save_checkpoint
-from checks import count_kinds, leaks, look_over
 from curves import Curves, log_groups, log_held_out
-from data import (
-    DataError,
-    RowProblem,
-    Sample,
-    count_photos,
-    load_samples,
-    obey_bad_rows,
-    products_of_step,
-    require_usable,
-    split_held_out,
-    summarise_problems,
-)
+from data import DataError, Sample, products_of_step
 from evaluation import evaluate, summarise
 from family import ModelError
-from fetch import download_missing
 from guard import check_fast_path
-from lora import is_adapter, rank_of
+from loading import load_models, load_products
 from loss import VLM_GRPOLoss, group_advantages
-from models import DTYPES, choose_device, freeze, load_minicpm, load_weights
 from own_reward import Scorer
-from policy import Policy, load_policy
+from policy import Policy
+from preflight import preflight
 from processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
 from prompts import read_template
 from provenance import write_start, write_summary
@@ -130,6 +118,7 @@ def train(options: TrainOptions) -> Path | None:
             if run.writer:
                 log_step(run.writer, step + 1, options.max_steps, metrics, seconds)
                 log_groups(run.writer, groups, buffer.items, options, step + 1)
+                warn_beyond_bounds(metrics, options, step + 1)
             bar.update(per_step)
             if finish_step(run, options, step + 1, interruption):
                 break
@@ -179,20 +168,38 @@ def finish_step(run: Run, options: TrainOptions, step: int, interruption: Interr
 
 
 def keep_if_best(run: Run, options: TrainOptions, step: int, reward: float) -> bool:
-    """Keep the weights apart if their held-out reward is the best so far; returns whether to stop for lack of one."""
+    """Keep the weights apart if their held-out reward is the best so far; returns whether to stop for lack of one.
+
+    A disk that fails costs a warning: the best before stays.
+    """
     best = run.processes.once(lambda: read_best(options.output_dir))
     better = best is None or reward > best["mean_reward"]
     weights = whole_weights(run.policy, keep=run.processes.main) if better and run.learner.sharded else None
-    return run.processes.once(lambda: keep_best(run.policy, options, step, reward, weights))
+    try:
+        return run.processes.once(lambda: keep_best(run.policy, options, step, reward, weights), OSError)
+    except OSError as problem:
+        if run.processes.main:
+            logger.warning(f"the best weights so far, of step {step}, could not be kept: {problem}")
+        return False
 
 
 def save(run: Run, options: TrainOptions, step: int) -> None:
-    """Write a checkpoint; every process gives its share, the main one writes."""
-    main = run.processes.main
+    """Write a checkpoint; every process gives its share, the main one writes.
+
+    A disk that fails, because it is full perhaps, costs a warning; after the last step it costs the run.
+    """
+    main, world = run.processes.main, run.processes.world
     weights = whole_weights(run.policy, keep=main) if run.learner.sharded else None
-    state = {"step": step, "bad_steps": run.bad_steps,
+    state = {"step": step, "bad_steps": run.bad_steps, "products_per_step": options.batch_size * world, "world": world,
              "optimizer": whole_optimizer_state(run.learner.optimizer, keep=main)}
-    run.last_saved = run.processes.once(lambda: save_checkpoint(run.policy, options, step, state, weights))
+    try:
+        run.last_saved = run.processes.once(lambda: save_checkpoint(run.policy, options, step, state, weights), OSError)
+    except OSError as problem:
+        kept = f"no checkpoint of step {step} ({problem}); the last one is {run.last_saved}"
+        if step == options.max_steps:
+            raise BadRun(f"{kept}: make room and go on from it with --resume auto") from problem
+        if main:
+            logger.warning(f"{kept}; the run goes on and tries again in {options.save_every} steps at most")
 
 
 def prepare(options: TrainOptions, processes: Processes) -> Run:
@@ -217,7 +224,8 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
         parameters = split_weights(policy, reference)
     learner = Learner(policy, parameters, make_optimizer(parameters, options),
                       VLM_GRPOLoss(options.clip_eps, options.kl_weight, options.clip_eps_high, options.loss_type,
-                                   options.max_length, options.mask_truncated), processes, idle)
+                                   options.max_length, options.mask_truncated), processes,
+                      options.micro_batch_size or options.minibatch_size or options.batch_size, idle)
     run = Run(learner, reference, shares_vision, encoder, scorer, None, products, held_out, last_saved=resume_from)
     if resume_from:
         take_up(run, options, resume_from)
@@ -226,6 +234,8 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
         write_start(options, products, held_out, run.start)
         run.writer = Curves(options.log_dir, purge_step=run.start + 1 if resume_from else 0)
         run.writer.log_options(options, run.start)
+    if options.preflight and run.start < options.max_steps:
+        preflight(learner, encoder, products, options)
     if options.eval_every and held_out and not resume_from:
         log_evaluation(run, options, 0)
     return run
@@ -233,7 +243,7 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
 
 def take_up(run: Run, options: TrainOptions, resume_from: Path) -> None:
     """Take up the optimizer and the place of the run that is resumed."""
-    state = read_state(resume_from, options)
+    state = read_state(resume_from, options, run.processes.world)
     load_optimizer_state(run.learner.optimizer, state["optimizer"])
     run.start, run.bad_steps = state["step"], state["bad_steps"]
     logger.info(f"resuming from {resume_from} at step {run.start} of {options.max_steps}"
@@ -259,95 +269,6 @@ def check_on_a_product(policy: Policy, reference: Policy | None, encoder: Prompt
         logger.warning(f"the fast path can't be checked on this product: {failures[0]}")
 
 
-def load_products(options: TrainOptions) -> tuple[list[Sample], list[Sample]]:
-    """Read the sheet(s): products to train on and held-out products. Every row left out is logged."""
-    samples = read_sheet(options.data_path, options, options)
-    if options.eval_path:
-        held_out = read_sheet(options.eval_path, options, held_out_sheet(options))
-        if samples[0].sheet == held_out[0].sheet:  # another folder's file of the same name
-            held_out = [replace(sample, sheet=options.eval_path) for sample in held_out]
-        log_findings(options.eval_path, list(leaks(samples, held_out)))
-        return samples, held_out
-    training, held_out = split_held_out(samples, options.eval_fraction)
-    if not training:
-        raise DataError(f"{options.data_path}: all {len(samples)} usable products are held out by --eval_fraction "
-                        f"{options.eval_fraction}; lower it, or give held-out products with --eval_path")
-    if options.eval_fraction and not held_out:
-        logger.warning(f"{options.data_path}: --eval_fraction {options.eval_fraction} of {len(samples)} products holds "
-                       "out none, so nothing is evaluated; give held-out products with --eval_path")
-    return training, held_out
-
-
-def read_sheet(path: str, options: TrainOptions, reading: SheetOptions) -> list[Sample]:
-    """Read one sheet, log each row with a problem; raises DataError when no row can be used."""
-    if options.download_missing:
-        download_missing(path, options.image_cache_dir, reading)
-    samples, problems = load_samples(path, options.image_cache_dir, options.missing_photos, reading=reading)
-    logger.info(f"{path}: {len(samples)} products, {count_photos(samples, problems)}")
-    if samples and problems:
-        logger.warning(f"{path}: rows with problems\n{summarise_problems(problems)}")
-    require_usable(samples, problems, path, options.image_cache_dir)
-    obey_bad_rows(problems, path, options.on_bad_row)
-    log_findings(path, look_over(samples))
-    return samples
-
-
-def log_findings(path: str, findings: Sequence[RowProblem]) -> None:
-    """Say what may be wrong with rows that are trained on."""
-    if findings:
-        counts = ", ".join(f"{kind} ({count} rows)" for kind, count in count_kinds(findings).items())
-        logger.warning(f"{path}: to look at (python check_data.py shows each): {counts}; the first: row "
-                       f"{findings[0].row} ({findings[0].product_id}): {findings[0].problem}")
-
-
-def load_models(options: TrainOptions, resume_from: Path | None) -> tuple[Policy, Policy | None, bool]:
-    """Load the policy and its frozen reference (none when kl_weight is 0).
-
-    The third value says whether both have the same frozen vision, so that photos are encoded once for both.
-    """
-    if options.lora_rank:
-        policy = load_adapted(options, resume_from)
-        return policy, policy.without_adapter() if options.kl_weight else None, True
-    device, dtype = choose_device(options.device), DTYPES[options.dtype]
-    model, tokenizer, image_processor = load_minicpm(options.model_path, trust_remote_code=options.trust_remote_code)
-    reference_model = freeze(copy.deepcopy(model)) if options.kl_weight else None
-    weights = str(resume_from) if resume_from else options.checkpoint_path
-    if weights:
-        load_weights(model, weights)
-    policy = Policy(model.to(device), tokenizer, image_processor, dtype, options.max_slice_nums,
-                    options.max_pixels, options.exact_path, options.gradient_checkpointing)
-    if reference_model is None:
-        return policy, None, False
-    vision = policy.family.vision_modules
-    shares_vision = not options.train_vision and all(
-        torch.equal(one.to(device), other) for mine, theirs in
-        zip(vision(reference_model), vision(model), strict=True)
-        for one, other in zip(mine.parameters(), theirs.parameters(), strict=True))
-    for parameter in reference_model.parameters():  # not its buffers: positions in bfloat16 would be other positions
-        parameter.data = parameter.data.to(dtype)
-    reference = Policy(reference_model.to(device), tokenizer, image_processor, dtype, options.max_slice_nums,
-                       options.max_pixels, options.exact_path)
-    return policy, reference, shares_vision
-
-
-def load_adapted(options: TrainOptions, resume_from: Path | None) -> Policy:
-    """Load the base with an adapter on it: the resumed run's, that of --checkpoint_path, or a new one."""
-    weights = str(resume_from) if resume_from else options.checkpoint_path
-    if weights and not is_adapter(weights):
-        raise OptionError(f"{weights} holds no adapter: with --lora_rank give whole weights as --model_path, so that "
-                          "the adapter, and the reference policy, start from them")
-    policy = load_policy(options.model_path, options, options.device, options.trust_remote_code)
-    if not weights:
-        policy.add_adapter(options.lora_rank, options.lora_alpha, options.model_path)
-        return policy
-    policy.load_weights(weights)
-    wanted = (options.lora_rank, options.lora_alpha or 2 * options.lora_rank)
-    if rank_of(policy.adapter) != wanted:
-        raise OptionError("--lora_rank {} --lora_alpha {}: the adapter in {} has {} and {}; give those".format(
-            *wanted, weights, *rank_of(policy.adapter)))
-    return policy
-
-
 def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> ReplayBuffer:
     """Turn groups into experiences: advantages within each group, log-probs under the reference policy."""
     buffer = ReplayBuffer()
@@ -362,7 +283,7 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
     if run.reference is None:
         return buffer
     with torch.no_grad(), gathered(run.reference):
-        for items in micro_batches(buffer.items, options.micro_batch_size):
+        for items in micro_batches(buffer.items, run.learner.micro_batch_size):
             batch = join_experiences(items)
             ref_log_probs, _ = run.reference.log_probs(batch.prompts, batch.completions, batch.action_mask,
                                                        options.temperature,
@@ -409,6 +330,17 @@ def log_step(writer: Curves, step: int, steps: int, metrics: dict[str, float], s
         if name in metrics:
             said.append(f"{title} {metrics[name]:{form}}")
     logger.info(" | ".join([*said, f"{sum(seconds.values()):.2f} s"]))
+
+
+def warn_beyond_bounds(metrics: dict[str, float], options: TrainOptions, step: int) -> None:
+    """Warn of a policy that has left its reference far behind, or answers the same whatever it is asked."""
+    if metrics.get("kl_divergence", 0.0) > options.max_kl:
+        logger.warning(f"step {step}: KL {metrics['kl_divergence']:.3g} is above --max_kl {options.max_kl}: the policy "
+                       "has moved far from its reference; a lower --lr or a higher --kl_weight holds it back")
+    if metrics.get("entropy", math.inf) < options.min_entropy:
+        logger.warning(f"step {step}: entropy {metrics['entropy']:.3g} is below --min_entropy {options.min_entropy}: "
+                       "the answers to a product are all alike and teach little; try a lower --lr or a higher "
+                       "--temperature")
 
 
 def log_evaluation(run: Run, options: TrainOptions, step: int) -> dict[str, float]:
@@ -460,20 +392,21 @@ def main(options: TrainOptions) -> int:
     set_up_log(options.output_dir)
     try:
         if options.gpu_ids and not started_by_torchrun():
-            return launch(options.gpu_ids, __file__, sys.argv[1:])
-        train(options)
-    except (OptionError, DataError, ModelError) as problem:
+            launch(options.gpu_ids, __file__, sys.argv[1:])
+        record(train)(options)  # so that torchrun shows the traceback of the process that failed first
+    except (OptionError, DataError, ModelError) as problem:  # of this process alone perhaps: waits for no other
         logger.error(str(problem))
         return 2
     except BadRun as problem:
         logger.error(str(problem))
-        return 3
+        status = 3
     except Interrupted as problem:
         logger.warning(str(problem))
-        return 4
-    finally:
-        leave()
-    return 0
+        status = 4
+    else:
+        status = 0
+    leave()
+    return status
 
 
 if __name__ == "__main__":

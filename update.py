@@ -8,13 +8,16 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from loguru import logger
 from PIL import Image
 from torch import Tensor, nn
 
+from checkpoint import disk_errors
 from config import TrainOptions
+from family import ModelError, Prompt
 from loss import VLM_GRPOLoss
 from policy import Policy
 from processes import Processes
@@ -32,6 +35,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     objective: VLM_GRPOLoss
     processes: Processes = field(default_factory=Processes)
+    micro_batch_size: int = 1  # products a pass; halved when memory runs out, if the options leave it to us
     idle: Experience | None = None  # what a process computes that has nothing of its own, where weights are sharded
 
     @property
@@ -43,7 +47,8 @@ class Learner:
 def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: int) -> dict[str, float]:
     """Optimise over the buffer: one optimizer step a minibatch, `epochs` passes; returns averaged metrics.
 
-    A minibatch with a non-finite loss or gradient changes nothing: it is skipped, logged with its rows and counted.
+    A minibatch with a non-finite loss or gradient changes nothing: it is skipped in all processes, logged with its
+    rows, kept in output_dir for inspection and counted.
     """
     sums: dict[str, float] = defaultdict(float)
     first: dict[str, float] = {}  # before any weight has moved: ratio 1 and no gap, or sampling and scoring differ
@@ -65,6 +70,8 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
             rows = ", ".join(source for item in minibatch for source in item.sources)
             logger.warning(f"step {step + 1}: loss {metrics['total_loss']}, gradient norm {grad_norm}: "
                            f"minibatch {index} skipped, weights unchanged; its products: {rows}")
+            if skipped == 1:
+                keep_bad_batch(minibatch, options, step, learner.processes)
             continue
         if step == 0 and index == 0 and grad_norm > 0:
             warn_without_gradient(learner.policy)
@@ -76,6 +83,22 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
     return {name: value / done for name, value in sums.items()} | first | {"skipped_minibatches": skipped}
 
 
+def keep_bad_batch(minibatch: Sequence[Experience], options: TrainOptions, step: int, processes: Processes) -> None:
+    """Write a process's share of a step's first skipped minibatch to output_dir/bad_batch_step_N.pt, to look at.
+
+    ReplayBuffer().load_state_dict(torch.load(path)) reads it back.
+    """
+    share = "" if processes.world == 1 else f"_process_{processes.rank}"
+    path = Path(options.output_dir) / f"bad_batch_step_{step + 1:06d}{share}.pt"
+    try:
+        with disk_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(ReplayBuffer(items=list(minibatch)).state_dict(), path)
+    except OSError as problem:
+        path.unlink(missing_ok=True)
+        logger.warning(f"{path}: not written: {problem}")
+
+
 def backward(learner: Learner, minibatch: Sequence[Experience], options: TrainOptions, on_policy: bool
              ) -> dict[str, float]:
     """Accumulate the minibatch's gradient over micro-batches; returns the metrics of the whole minibatch, over all
@@ -83,6 +106,7 @@ def backward(learner: Learner, minibatch: Sequence[Experience], options: TrainOp
 
     on_policy: no weight has moved since sampling. In bfloat16 sampled and rescored log-probs differ by rounding,
     so the ratio is then taken against the rescored ones, and the gap is logged.
+    With --micro_batch_size 0 a pass that runs out of memory is done again in halves.
     """
     policy, objective, processes = learner.policy, learner.objective, learner.processes
     counted = torch.tensor([sum(int(objective.size(item)) for item in minibatch),
@@ -90,10 +114,49 @@ def backward(learner: Learner, minibatch: Sequence[Experience], options: TrainOp
     size, tokens = processes.total(counted)
     if not size:
         return {}
+    while True:
+        try:
+            sums, gap = accumulate(learner, minibatch, options, on_policy, size, tokens)
+            break
+        except torch.OutOfMemoryError as problem:
+            short = str(problem)
+        # Outside of the except block: the error holds on to what the pass had computed.
+        learner.optimizer.zero_grad(set_to_none=True)
+        halve(learner, options, short)
+    totals = processes.total(torch.stack(list(sums.values()))).tolist()
+    return dict(zip(sums, totals, strict=True)) | {"log_prob_gap": processes.most(float(gap))}
+
+
+def halve(learner: Learner, options: TrainOptions, problem: str) -> None:
+    """Halve what a pass takes after it ran out of memory; raises ModelError where that can't be done or is not asked.
+
+    Each process halves by itself: only sharded passes wait for those of others, and those can't be taken up again.
+    """
+    size = learner.micro_batch_size
+    advice = ("lower --max_pixels, --max_slice_nums, --max_prompt_length or --group_size, or try "
+              "--gradient_checkpointing, --lora_rank or --sharding fsdp")
+    if size > 1 and (learner.sharded or options.micro_batch_size):
+        advice = f"go on with --resume auto --micro_batch_size {size // 2}"
+    elif size > 1:
+        learner.micro_batch_size = size // 2
+        if learner.policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.warning(f"out of memory with {size} products a pass: going on with {size // 2}")
+        return
+    raise ModelError(f"out of memory with {size} products a pass: {advice} ({problem.splitlines()[0]})")
+
+
+def accumulate(learner: Learner, minibatch: Sequence[Experience], options: TrainOptions, on_policy: bool, size: Tensor,
+               tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Run every micro-batch forward and backward; returns this process's share of the metrics, and its largest gap.
+
+    size, tokens: what the loss and the metrics are means over, in all processes.
+    """
+    policy, objective, processes = learner.policy, learner.objective, learner.processes
     names = ("total_loss", "ratio", "clip_fraction", "entropy", *(["kl_divergence"] if options.kl_weight else []))
     sums = {name: torch.zeros((), device=policy.device) for name in names}
     gap = torch.zeros((), device=policy.device)
-    batches = list(micro_batches(minibatch, options.micro_batch_size))
+    batches = list(micro_batches(minibatch, learner.micro_batch_size))
     passes = processes.most(len(batches)) if learner.sharded else len(batches)
     for index in range(passes):
         batch, log_probs, entropy = score(learner, batches[index] if index < len(batches) else [], options)
@@ -109,8 +172,7 @@ def backward(learner: Learner, minibatch: Sequence[Experience], options: TrainOp
         sums["total_loss"] += loss.detach()
         for name, value in objective.metrics.items():
             sums[name] += value * (objective.mask(batch).sum() / tokens)
-    totals = processes.total(torch.stack(list(sums.values()))).tolist()
-    return dict(zip(sums, totals, strict=True)) | {"log_prob_gap": processes.most(float(gap))}
+    return sums, gap
 
 
 def score(learner: Learner, items: Sequence[Experience], options: TrainOptions
@@ -138,12 +200,18 @@ def score(learner: Learner, items: Sequence[Experience], options: TrainOptions
 def make_idle(policy: Policy, group_size: int, train_vision: bool) -> Experience:
     """Make a product that no sheet holds, for a process without one: a grey photo while the vision trains."""
     prompt = policy.encode_prompt("-", [Image.new("RGB", (64, 64), "grey")] if train_vision else [])
-    completions = policy.stop_ids[:1].expand(group_size, 1)
-    zeros = torch.zeros(group_size, 1, device=policy.device)
+    return pretend(policy, prompt, group_size, 1, None if train_vision else (None,))
+
+
+def pretend(policy: Policy, prompt: Prompt, group_size: int, length: int, features: Sequence[Tensor | None] | None
+            ) -> Experience:
+    """Make a group of answers of one length that nobody gave; they are worth nothing."""
+    completions = policy.stop_ids[:1].expand(group_size, length)
+    zeros = torch.zeros(group_size, length, device=policy.device)
     return make_experience(prompt, completions, torch.ones_like(completions, dtype=torch.bool), action_log_probs=zeros,
                            log_probs_ref=zeros, returns=zeros[:, 0], advantages=zeros[:, 0],
                            truncated=torch.zeros(group_size, dtype=torch.bool, device=policy.device),
-                           features=None if train_vision else (None,))
+                           features=None if features is None else tuple(features))
 
 
 def micro_batches(items: Sequence[Experience], size: int) -> Iterator[list[Experience]]:

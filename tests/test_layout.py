@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ["config", "prompts", "labels", "reward", "photos", "table", "sheet", "family", "data", "checks", "check_page",
           "fetch", "own_reward", "measures", "journal", "provenance", "replay_buffer", "remote_code",
           "family_minicpm_remote", "family_minicpm_v46", "family_qwen_vl", "shared_prefix", "decoding", "head", "lora",
-          "models", "policy", "trainable", "loss", "rollout", "guard", "processes", "sharding", "update", "evaluation",
-          "comparison", "report", "curves", "charts", "page", "checkpoint", "demo", "doctor", "check_data",
-          "download_images", "export", "test_model", "run", "train_vlm_parallel"]
+          "models", "policy", "trainable", "loss", "rollout", "guard", "loading", "processes", "sharding", "checkpoint",
+          "update", "preflight", "evaluation", "comparison", "report", "curves", "charts", "page", "demo", "doctor",
+          "check_data", "download_images", "export", "test_model", "run", "train_vlm_parallel"]
 
 
 def is_command(node):
