@@ -32,7 +32,8 @@ def make_run(options: TrainOptions, template: str | None = TEMPLATE) -> Run:
     policy, reference, shares_vision = load_models(options, None)
     parameters = set_trainable(policy, options.train_vision)
     objective = VLM_GRPOLoss(options.clip_eps, options.kl_weight, max_length=options.max_length)
-    learner = Learner(policy, parameters, make_optimizer(parameters, options), objective)
+    learner = Learner(policy, parameters, make_optimizer(parameters, options), objective,
+                      micro_batch_size=options.micro_batch_size)
     return Run(learner, reference, shares_vision, PromptEncoder(policy, template=template), Scorer(), None, [], [])
 
 
