@@ -27,6 +27,13 @@ from models import DTYPES, choose_device, freeze, load_minicpm, load_weights
 from policy import Policy, load_policy
 
 
+def fetch_photos(options: TrainOptions) -> None:
+    """Fetch what the sheet(s) name and the cache lacks; of several processes one alone may fill a cache."""
+    download_missing(options.data_path, options.image_cache_dir, options)
+    if options.eval_path:
+        download_missing(options.eval_path, options.image_cache_dir, held_out_sheet(options))
+
+
 def load_products(options: TrainOptions) -> tuple[list[Sample], list[Sample]]:
     """Read the sheet(s): products to train on and held-out products. Every row left out is logged."""
     samples = read_sheet(options.data_path, options, options)
@@ -48,8 +55,6 @@ def load_products(options: TrainOptions) -> tuple[list[Sample], list[Sample]]:
 
 def read_sheet(path: str, options: TrainOptions, reading: SheetOptions) -> list[Sample]:
     """Read one sheet, log each row with a problem; raises DataError when no row can be used."""
-    if options.download_missing:
-        download_missing(path, options.image_cache_dir, reading)
     samples, problems = load_samples(path, options.image_cache_dir, options.missing_photos, reading=reading)
     logger.info(f"{path}: {len(samples)} products, {count_photos(samples, problems)}")
     if samples and problems:

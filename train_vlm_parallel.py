@@ -39,7 +39,7 @@ from data import DataError, Sample, products_of_step
 from evaluation import evaluate, summarise
 from family import ModelError
 from guard import check_fast_path
-from loading import load_models, load_products
+from loading import fetch_photos, load_models, load_products
 from loss import VLM_GRPOLoss, group_advantages
 from own_reward import Scorer
 from policy import Policy
@@ -207,6 +207,8 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     torch.manual_seed(options.seed)
+    if options.download_missing:
+        processes.once(lambda: fetch_photos(options), DataError)
     products, held_out = load_products(options)
     scorer = Scorer(options.reward)
     logger.info(scorer.check(products[0]))

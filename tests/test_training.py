@@ -15,6 +15,7 @@ import torch
 from conftest import as_flags, train_options
 from safetensors.torch import load_file
 
+import loading
 import train_vlm_parallel as training
 from checkpoint import list_checkpoints, options_of
 from config import CompareOptions, OptionError, TrainOptions
@@ -345,6 +346,26 @@ def test_photos_of_the_next_step_are_opened_beside_the_computing(shop, tmp_path,
                                  exact_path=True, preflight=False))
     assert len(opened) == 6 and len({row for row, _ in opened}) == 6
     assert sorted(by_main for _, by_main in opened) == [False] * 4 + [True] * 2
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_main_process_alone_fetches_photos_and_only_when_asked(shop, tmp_path, monkeypatch, asked):
+    done = []
+    good = training.load_products
+    monkeypatch.setattr(loading, "download_missing", lambda path, *_: done.append(Path(path).name))
+    monkeypatch.setattr(training, "load_products", lambda options: done.append("read") or good(options))
+    options = train_options(shop, tmp_path, eval_every=0, eval_path=str(shop / "data.xlsx"), download_missing=asked)
+    training.prepare(options, training.Processes())
+    assert done == ["data.xlsx"] * (2 * asked) + ["read"]
+
+    class Second(training.Processes):
+        def once(self, work, *problems):
+            return None  # what the main process did
+
+    done.clear()
+    monkeypatch.setattr(training, "find_resume", lambda options: None)
+    training.prepare(options, Second())
+    assert done == ["read"]
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"gradient_checkpointing": True},
