@@ -1,7 +1,7 @@
 # make demo: the embedded default, end to end.  make test: the tests.  Both make .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-STEPS := $(shell sed -n 's/^max_steps: //p' demo.yaml)
+STEPS := $(shell sed -n 's/^max_steps: //p' configs/demo.yaml)
 CHECKPOINT := outputs/demo/step_$(shell printf '%06d' $(STEPS))
 
 .PHONY: demo test clean
@@ -12,8 +12,8 @@ demo: .venv/.installed
 	$(BIN)/python run.py --checkpoint_path $(CHECKPOINT) --ablate --num_threads 1
 
 # Trained again only when the demo was made anew or its options changed.
-$(CHECKPOINT)/options.yaml: demo/made_by demo.yaml
-	$(BIN)/python train_vlm_parallel.py --config demo.yaml --overwrite_output_dir
+$(CHECKPOINT)/options.yaml: demo/made_by configs/demo.yaml
+	$(BIN)/python train_vlm_parallel.py --config configs/demo.yaml --overwrite_output_dir
 
 test: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -6,22 +6,29 @@ Takes the data options of training. Prints a summary, writes a page with thumbna
 column. The exit status is 0 when training would start, 1 when it would not, 2 when the sheet can't be read.
 """
 
-import sys
+if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
+    from config import CheckDataOptions
+    from ground.commands import start
+
+    start(CheckDataOptions, "Look at a sheet before training.")
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import CheckOptions, OptionError, SheetOptions, held_out_sheet, parse_options
-
-if __name__ == "__main__":
-    OPTIONS = parse_options(CheckOptions, "Look at a sheet before training.")
-
 from loguru import logger
 from tqdm import tqdm
 
-from check_page import html_page
-from checks import FEWEST, count_kinds, leaks, look_at_photos, look_over, outliers
-from data import (
+from config import CheckDataOptions, SheetOptions
+from ground.errors import OptionError
+from ground.files import write_text
+from ground.options import held_out_sheet
+from prompts import build_prompt, read_template
+from sheets.check_page import html_page
+from sheets.checks import FEWEST, count_kinds, leaks, look_at_photos, look_over, outliers
+from sheets.columns import header_number
+from sheets.photos import examine_photos
+from sheets.samples import (
     CONTRADICTION,
     DataError,
     RowProblem,
@@ -34,10 +41,7 @@ from data import (
     require_usable,
     split_held_out,
 )
-from photos import examine_photos
-from prompts import build_prompt, read_template
-from sheet import header_number
-from table import read_table, write_table
+from sheets.table import read_table, write_table
 
 
 @dataclass
@@ -59,7 +63,7 @@ class SheetCheck:
                                 for problem in self.problems}, key=lambda problem: problem.row)
 
 
-def check(options: CheckOptions) -> bool:
+def check(options: CheckDataOptions) -> bool:
     """Look at the sheet, and the held-out one; print, write page and sheet back; say whether training would start."""
     checks = [inspect_rows(options.data_path, options, options)]
     if options.eval_path:
@@ -83,14 +87,14 @@ def check(options: CheckOptions) -> bool:
     for each, (page, sheet) in zip(checks, names, strict=False):
         each.sort_out()
         print(summarise(each))
-        Path(page).write_text(html_page(each.path, each.rows, each.problems, conclusion), encoding="utf-8")
+        write_text(page, html_page(each.path, each.rows, each.problems, conclusion))
         write_table(sheet, with_problems(each))
         print(f"written: {page}, {sheet}\n")
     print(conclusion)
     return not verdict
 
 
-def inspect_rows(path: str, reading: SheetOptions, options: CheckOptions) -> SheetCheck:
+def inspect_rows(path: str, reading: SheetOptions, options: CheckDataOptions) -> SheetCheck:
     """Read a sheet twice: every row as it is, and as training would."""
     rows, problems = read_rows(path, options.image_cache_dir, "text_only", False, reading)
     usable, losses = load_samples(path, options.image_cache_dir, options.missing_photos, reading=reading)
@@ -116,7 +120,7 @@ def see_photos(samples: Sequence[Sample], most: int) -> dict[str, tuple[str, int
     return {path: (content, look, fault) for path, content, look, fault in opened}
 
 
-def too_long(samples: Sequence[Sample], options: CheckOptions) -> Iterator[RowProblem]:
+def too_long(samples: Sequence[Sample], options: CheckDataOptions) -> Iterator[RowProblem]:
     """Find rows whose text alone is longer than the prompt may be: they can't be rolled out."""
     if not options.max_prompt_length:
         return
@@ -184,16 +188,6 @@ def with_problems(found: SheetCheck) -> Iterator[list[str]]:
             yield [*cells, str(number), "\n".join(said.get(number, []))]
 
 
-def main(options: CheckOptions) -> int:
-    """Check; 0 when training would start, 1 when it would not, 2 for problems that end with one message."""
-    logger.remove()
-    logger.add(sys.stderr, format="{level:<7} {message}")
-    try:
-        return 0 if check(options) else 1
-    except (OptionError, DataError) as problem:
-        logger.error(str(problem))
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(OPTIONS))
+def main(options: CheckDataOptions) -> int:
+    """Check; 0 when training would start, 1 when it would not."""
+    return 0 if check(options) else 1

@@ -1,43 +1,45 @@
 """Make the embedded default: a tiny MiniCPM-V-4.6, a catalogue drawn here, a warm-up in place of pretraining.
 
     python demo.py                                      # writes demo/, about a minute on one core; then cached
-    python train_vlm_parallel.py --config demo.yaml     # GRPO on it
+    python train_vlm_parallel.py --config configs/demo.yaml     # GRPO on it
 
 A product's text names its category and the spacing of the measuring grid (5, 10 or 20 cm); its two photos show it
 from the front and from the side on that grid. Size = grid cells x spacing: neither text nor photos are enough.
 The warm-up learns from other products whose cells were badly counted, so that GRPO has something left to teach.
 """
 
+if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
+    from config import DemoOptions
+    from ground.commands import start
+
+    start(DemoOptions, "Make the embedded default: tiny model, catalogue, photos.")
+
 import hashlib
 import json
 import math
 import random
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from config import DemoOptions, parse_options
-
-if __name__ == "__main__":
-    OPTIONS = parse_options(DemoOptions, "Make the embedded default: tiny model, catalogue, photos.")
-
 import torch
 from loguru import logger
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from data import cached_photo_path
-from family import Prompt
-from policy import Policy
+from config import DemoOptions
+from evidence.report import write_sheet
+from ground.commands import TIMED, log_to_console
+from models.family import Prompt
+from models.policy import Policy
+from models.trainable import set_trainable
 from prompts import build_prompt
-from report import write_sheet
 from reward import score_answer
 from rollout import draw_uniforms
-from trainable import set_trainable
+from sheets.samples import cached_photo_path
 
 PIXELS, CELLS = 64, 8  # a photo's side in pixels and in grid cells
 CELL = PIXELS // CELLS
@@ -256,7 +258,7 @@ def make_demo(options: DemoOptions) -> Path:
     return final
 
 
-if __name__ == "__main__":
-    logger.remove()
-    logger.add(sys.stderr, format="{time:HH:mm:ss} {level:<7} {message}")
-    make_demo(OPTIONS)
+def main(options: DemoOptions) -> None:
+    """Make it, with the time of day before every line."""
+    log_to_console(TIMED)
+    make_demo(options)

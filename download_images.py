@@ -6,19 +6,20 @@ Photos that are there already are not asked for again, so a run that was stopped
 never uses the network.
 """
 
-import sys
+if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
+    from config import DownloadOptions
+    from ground.commands import start
+
+    start(DownloadOptions, "Fill the photo cache for a sheet.")
+
 from collections import Counter
-
-from config import DownloadOptions, OptionError, parse_options
-
-if __name__ == "__main__":
-    OPTIONS = parse_options(DownloadOptions, "Fill the photo cache for a sheet.")
 
 from loguru import logger
 from tqdm import tqdm
 
-from fetch import Fetched, fetch_all, missing_addresses
-from table import DataError, write_table
+from config import DownloadOptions
+from sheets.fetch import Fetched, fetch_all, missing_addresses
+from sheets.table import write_table
 
 
 def download(options: DownloadOptions) -> int:
@@ -58,15 +59,5 @@ def host_table(results: list[Fetched], shown: int = 20) -> str:
 
 
 def main(options: DownloadOptions) -> int:
-    """Download; status 1 when an address failed, 2 for problems that end with one message."""
-    logger.remove()
-    logger.add(sys.stderr, format="{level:<7} {message}")
-    try:
-        return 1 if download(options) else 0
-    except (OptionError, DataError) as problem:
-        logger.error(str(problem))
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(OPTIONS))
+    """Download; status 1 when an address failed."""
+    return 1 if download(options) else 0

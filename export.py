@@ -7,32 +7,35 @@ from the disk. Where they differ nothing is written. Weights are float32. Beside
 sampling of training, which transformers and vLLM take as their default, and serving.json with the exact prompt.
 """
 
+if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
+    from config import ExportOptions
+    from ground.commands import start
+
+    start(ExportOptions, "Write a trained model as a folder to serve; adapters are merged.")
+
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from config import ExportOptions, OptionError, TrainOptions, parse_options, sheet_options
-
-if __name__ == "__main__":
-    OPTIONS = parse_options(ExportOptions, "Write a trained model as a folder to serve; adapters are merged.")
-
 import torch
 from loguru import logger
 
-from checkpoint import open_model, options_of, save_model, whole_folder
-from data import DataError, Sample, load_samples, require_usable
-from family import ModelError
-from lora import base_of, is_adapter
-from models import stop_token_ids
-from policy import Policy, load_policy
+from config import ExportOptions, TrainOptions
+from ground.files import whole_folder
+from ground.options import sheet_options
+from models.family import ModelError
+from models.loading import stop_token_ids
+from models.lora import base_of, is_adapter
+from models.policy import Policy, load_policy
 from prompts import build_prompt, read_template
 from rollout import Group, PromptEncoder, rollout_groups
+from sheets.samples import DataError, Sample, load_samples, require_usable
+from training.checkpoint import open_model, options_of, save_model
 
 
-def export(options: ExportOptions) -> None:
+def main(options: ExportOptions) -> None:
     """Write the model to output_path; raises ModelError, and writes nothing, when it answers otherwise."""
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
@@ -128,19 +131,3 @@ def compare_answers(expected: Sequence[Group], found: Sequence[Group]) -> float:
                              f"{sample.row}: checkpoint {one.answers[0]!r}, written {other.answers[0]!r}")
         gaps.append(float((one.old_log_probs - other.old_log_probs).abs().max()))
     return max(gaps)
-
-
-def main(options: ExportOptions) -> int:
-    """Merge; problems that the user can mend end with one message and status 2."""
-    logger.remove()
-    logger.add(sys.stderr, format="{level:<7} {message}")
-    try:
-        export(options)
-    except (OptionError, DataError, ModelError) as problem:
-        logger.error(str(problem))
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(OPTIONS))

@@ -13,9 +13,10 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any
 
-from config import OptionError, split_reward
-from data import Sample
+from ground.errors import OptionError
+from ground.options import split_reward
 from reward import RewardParts, score_answer
+from sheets.samples import Sample
 
 
 class RewardError(OptionError):

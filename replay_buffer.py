@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from family import Prompt
+from models.family import Prompt
 
 _PROMPT_AND_ANSWER = ("sequences", "attention_mask")  # the fields with P + T columns; the others have T
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from labels import (
+from sizes.labels import (
     DECODER,
     DIMENSIONS,
     LARGEST,
@@ -221,11 +221,3 @@ def _is_negative(text: str, start: int) -> bool:
     """Tell the sign of -8 from the separator of 12-8-15 and 12cm-8cm."""
     before, sign = text[max(start - 2, 0):start - 1], text[max(start - 1, 0):start]
     return sign in ("-", "−") and not (before.isalnum() or before in ('"', "″", "”", ")", "]"))
-
-
-if __name__ == "__main__":
-    import sys
-
-    from doctor import main
-
-    sys.exit(main(sys.argv[1:]))

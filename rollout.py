@@ -15,11 +15,11 @@ from loguru import logger
 from PIL import Image
 from torch import Tensor
 
-from data import PhotoError, Sample, load_photos
-from family import Prompt
-from policy import Generation, Policy
+from models.family import Prompt
+from models.policy import Generation, Policy
 from prompts import build_prompt
 from reward import RewardParts, score_answer
+from sheets.samples import PhotoError, Sample, load_photos
 
 
 @dataclass

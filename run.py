@@ -6,40 +6,43 @@ Prompt, photo budget, parser, reward and sampling are those the checkpoint was t
 page to show), compare.xlsx and compare.json beside the checkpoint and prints the table.
 """
 
-import sys
+if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
+    from config import CompareOptions
+    from ground.commands import start
+
+    start(CompareOptions, "Compare a model before and after training on the same products.")
+
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from config import CompareOptions, OptionError, TrainOptions, parse_options, sheet_options
-
-if __name__ == "__main__":
-    OPTIONS = parse_options(CompareOptions, "Compare a model before and after training on the same products.")
-
 import torch
 from loguru import logger
 
-from charts import curve_svg
-from checkpoint import open_model, options_of, scorer_of
-from comparison import Answers, build_report
-from data import DataError, Sample, load_samples, require_usable, split_held_out, summarise_problems
-from evaluation import Record, ablations, evaluate
-from family import ModelError
+from config import CompareOptions, TrainOptions
+from evidence.charts import curve_svg
+from evidence.comparison import Answers, build_report
+from evidence.evaluation import Record, ablations, evaluate
+from evidence.page import write_page
+from evidence.report import change_lines, confidence_line, summary_table, tables, write_sheet
+from ground.errors import OptionError
+from ground.files import write_json, write_text
+from ground.options import sheet_options
+from models.policy import Policy
 from own_reward import Scorer
-from page import write_page
-from policy import Policy
 from prompts import read_template
-from report import change_lines, confidence_line, summary_table, tables, write_json, write_sheet, write_text
 from rollout import PromptEncoder
+from sheets.samples import DataError, Sample, load_samples, require_usable, split_held_out, summarise_problems
+from training.checkpoint import open_model, options_of, scorer_of
 
 # What decides how a model answers; the prompt is compared by its text.
 _ANSWERING = ("prompt_language", "max_slice_nums", "max_pixels", "max_prompt_length", "max_length", "temperature",
               "dtype", "quantize")
 
 
-def compare(options: CompareOptions) -> None:
+def main(options: CompareOptions) -> None:
     """Answer with each model, and write and print how they differ."""
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
@@ -203,19 +206,3 @@ def choose_samples(options: CompareOptions, trained: TrainOptions) -> list[Sampl
     elif own_sheet:
         logger.info(f"{path} was named on the command line: all its products are compared")
     return samples[:options.max_products]
-
-
-def main(options: CompareOptions) -> int:
-    """Compare; problems that the user can mend end with one message and status 2."""
-    logger.remove()
-    logger.add(sys.stderr, format="{level:<7} {message}")
-    try:
-        compare(options)
-    except (OptionError, DataError, ModelError) as problem:
-        logger.error(str(problem))
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(OPTIONS))

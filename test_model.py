@@ -8,25 +8,35 @@ sheet comes back with every row of it, in its order; a run that is killed goes o
 again.
 """
 
+if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
+    from config import AnswerOptions
+    from ground.commands import start
+
+    start(AnswerOptions, "Try one model on one product, or on a sheet.")
+
 import hashlib
-import sys
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from config import AnswerOptions, OptionError, SheetOptions, TrainOptions, parse_options, sheet_options
-
-if __name__ == "__main__":
-    OPTIONS = parse_options(AnswerOptions, "Try one model on one product, or on a sheet.")
-
 import torch
 from loguru import logger
 from tqdm import tqdm
 
-from checkpoint import open_model, options_of, scorer_of
-from data import (
+from config import AnswerOptions, SheetOptions, TrainOptions
+from evidence.evaluation import Record, evaluate
+from evidence.journal import Journal
+from evidence.report import answer_line, sizes_text, write_sheet
+from ground.files import whole_file
+from ground.options import sheet_options
+from own_reward import Scorer
+from prompts import read_template
+from reward import RewardParts, parse_label
+from rollout import PromptEncoder, RolloutFailure
+from sheets.columns import header_number
+from sheets.samples import (
     DataError,
     PhotoError,
     Sample,
@@ -35,16 +45,8 @@ from data import (
     require_usable,
     summarise_problems,
 )
-from evaluation import Record, evaluate
-from family import ModelError
-from journal import Journal
-from own_reward import Scorer
-from prompts import read_template
-from report import answer_line, sizes_text, write_sheet
-from reward import LabelError, RewardParts, parse_label
-from rollout import PromptEncoder, RolloutFailure
-from sheet import header_number
-from table import read_table
+from sheets.table import read_table
+from training.checkpoint import open_model, options_of, scorer_of
 
 _SECONDS, _LARGEST_PHOTO = 20, 30_000_000  # bytes
 
@@ -87,7 +89,7 @@ class Answerer:
 
 def answer_product(options: AnswerOptions) -> None:
     """Answer one product from the command line and print the answer, how it was read, and its reward."""
-    label = parse_label(options.label) if options.label else ()
+    label = parse_label(options.label, "--label") if options.label else ()
     for path in options.image:
         if not _is_address(path) and not Path(path).is_file():
             raise PhotoError(f"--image {path}: no such file")
@@ -123,9 +125,8 @@ def fetch_photo(address: str, cache_dir: Path) -> Path:
     if len(content) > _LARGEST_PHOTO:
         raise PhotoError(f"--image {address}: larger than {_LARGEST_PHOTO:,} bytes")
     cache_dir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
     return path
 
 
@@ -218,20 +219,6 @@ def made_with(options: AnswerOptions, trained: TrainOptions) -> dict[str, Any]:
             "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]}
 
 
-def main(options: AnswerOptions) -> int:
-    """Answer; problems that the user can mend end with one message and status 2."""
-    logger.remove()
-    logger.add(lambda line: tqdm.write(line, end="", file=sys.stderr), format="{level:<7} {message}")
-    try:
-        answer_product(options) if options.text is not None else answer_sheet(options)
-    except LabelError as problem:
-        logger.error(f"--label: {problem}")
-        return 2
-    except (OptionError, DataError, PhotoError, ModelError) as problem:
-        logger.error(str(problem))
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(OPTIONS))
+def main(options: AnswerOptions) -> None:
+    """Answer the product, or the sheet."""
+    answer_product(options) if options.text is not None else answer_sheet(options)

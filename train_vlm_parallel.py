@@ -1,7 +1,7 @@
 """VLM GRPO: teach a vision-language model to read sizes off product pages.
 
     make demo                                                         # the embedded default, a few minutes on a CPU
-    python train_vlm_parallel.py --config demo.yaml                   # the same, by hand (python demo.py comes first)
+    python train_vlm_parallel.py --config configs/demo.yaml           # the same, by hand (python demo.py comes first)
     python train_vlm_parallel.py --data_path data.xlsx --image_cache_dir image_cache_new --model_path MODEL
     python train_vlm_parallel.py --gpu_ids 0 1 2 3 --sharding fsdp ...        # four GPUs of this machine
     torchrun --nproc_per_node 8 --nnodes 2 ... train_vlm_parallel.py ...      # two machines
@@ -9,6 +9,12 @@
 Each step: sample a group of answers for some products, score them, compare them within the group, and move the policy
 towards the better ones by a clipped, KL-bound update. Every option: --help.
 """
+
+if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
+    from config import TrainOptions
+    from ground.commands import start
+
+    start(TrainOptions, "GRPO for vision-language models that read sizes off product pages.")
 
 import math
 import os
@@ -23,35 +29,33 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from config import OptionError, TrainOptions, parse_options, write_options
-
-if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
-    OPTIONS = parse_options(TrainOptions, "GRPO for vision-language models that read sizes off product pages.")
-
 import torch
 from loguru import logger
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
-from checkpoint import find_resume, keep_best, read_best, read_state, save_checkpoint
-from curves import Curves, log_groups, log_held_out
-from data import DataError, Sample, products_of_step
-from evaluation import evaluate, summarise
-from family import ModelError
-from guard import check_fast_path
-from loading import fetch_photos, load_models, load_products
+from config import TrainOptions
+from evidence.evaluation import evaluate, summarise
+from ground.commands import TIMED, log_to_console
+from ground.errors import OptionError
+from ground.options import write_options
 from loss import VLM_GRPOLoss, group_advantages
+from models.policy import Policy
+from models.processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
+from models.sharding import gathered, load_optimizer_state, shard, whole_optimizer_state, whole_weights
+from models.trainable import parameter_table, set_trainable
 from own_reward import Scorer
-from policy import Policy
-from preflight import preflight
-from processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
 from prompts import read_template
-from provenance import write_start, write_summary
 from replay_buffer import ReplayBuffer, join_experiences, make_experience
 from reward import SUCCESS_REWARD
 from rollout import Group, PromptEncoder, rollout_groups
-from sharding import gathered, load_optimizer_state, shard, whole_optimizer_state, whole_weights
-from trainable import parameter_table, set_trainable
+from sheets.samples import DataError, Sample, products_of_step
+from training.checkpoint import find_resume, keep_best, read_best, read_state, save_checkpoint
+from training.curves import Curves, log_groups, log_held_out
+from training.guard import check_fast_path
+from training.preflight import preflight
+from training.provenance import write_start, write_summary
+from training.setup import fetch_photos, load_models, load_products
 from update import Learner, learning_rate, make_idle, make_optimizer, micro_batches, set_learning_rate, update
 
 
@@ -377,39 +381,29 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def set_up_log(output_dir: str) -> None:
-    """Log to the console above the progress bar, and to output_dir/train.log; all but the main process warn only."""
+    """Log to the console, and to output_dir/train.log; all but the main process warn only."""
     rank = int(os.environ.get("RANK", 0))
-    level, name = ("INFO", "") if rank == 0 else ("WARNING", f"process {rank}: ")
-    logger.remove()
-    logger.add(lambda line: tqdm.write(line, end="", file=sys.stderr), level=level,
-               format=f"{{time:HH:mm:ss}} {{level:<7}} {name}{{message}}", colorize=False)
-    if rank == 0:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        logger.add(Path(output_dir) / "train.log", format="{time:YYYY-MM-DD HH:mm:ss} {level:<7} {message}")
+    if rank:
+        log_to_console(f"{{time:HH:mm:ss}} {{level:<7}} process {rank}: {{message}}", "WARNING")
+        return
+    log_to_console(TIMED)
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    logger.add(Path(output_dir) / "train.log", format="{time:YYYY-MM-DD HH:mm:ss} {level:<7} {message}")
 
 
 def main(options: TrainOptions) -> int:
-    """Train; problems that the user can mend end with one message and status 2, a run that went bad with 3, one that a
-    signal stopped with 4."""
+    """Train; status 3 for a run that went bad, 4 for one that a signal stopped."""
     set_up_log(options.output_dir)
+    if options.gpu_ids and not started_by_torchrun():
+        launch(options.gpu_ids, __file__, sys.argv[1:])
+    status = 0
     try:
-        if options.gpu_ids and not started_by_torchrun():
-            launch(options.gpu_ids, __file__, sys.argv[1:])
         record(train)(options)  # so that torchrun shows the traceback of the process that failed first
-    except (OptionError, DataError, ModelError) as problem:  # of this process alone perhaps: waits for no other
-        logger.error(str(problem))
-        return 2
     except BadRun as problem:
         logger.error(str(problem))
         status = 3
     except Interrupted as problem:
         logger.warning(str(problem))
         status = 4
-    else:
-        status = 0
-    leave()
+    leave()  # not after a UserError: it may be this process's alone, which then waits for no other
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main(OPTIONS))

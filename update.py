@@ -15,15 +15,15 @@ from loguru import logger
 from PIL import Image
 from torch import Tensor, nn
 
-from checkpoint import disk_errors
 from config import TrainOptions
-from family import ModelError, Prompt
+from ground.files import disk_errors
 from loss import VLM_GRPOLoss
-from policy import Policy
-from processes import Processes
+from models.family import ModelError, Prompt
+from models.policy import Policy
+from models.processes import Processes
+from models.sharding import whole
+from models.trainable import warn_without_gradient
 from replay_buffer import Experience, ReplayBuffer, join_experiences, make_experience
-from sharding import whole
-from trainable import warn_without_gradient
 
 
 @dataclass

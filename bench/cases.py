@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from config import OptionError
-from data import Sample
+from ground.errors import OptionError
+from sheets.samples import Sample
 
 ANSWER_TOKENS = 32
 LABEL = (12.0, 8.0, 15.0)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the program's own files
 
-from config import OptionError, option, parse_options
+from config import option
+from ground.errors import OptionError
 
 
 @dataclass
@@ -25,14 +26,12 @@ class CountOptions:
 
     measured: str | None = option(None, "a JSON file of step.py, whose ratios are printed beside the limits")
 
-    def check(self) -> None:
-        """Refuse values that can't work; raises OptionError naming the option."""
-        if self.measured and not Path(self.measured).is_file():
-            raise OptionError(f"--measured {self.measured}: no such file")
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    OPTIONS = parse_options(CountOptions, "Count the multiply-adds of one step, TRL's way and ours.")
+    from ground.commands import start
+
+    start(CountOptions, "Count the multiply-adds of one step, TRL's way and ours.")
 
 from cases import ANSWER_TOKENS, GRID, TEXT_MODEL, VISION_MODEL, Case
 
@@ -210,6 +209,8 @@ def measured_ratios(path: str | None) -> dict[str, float]:
 
 def main(options: CountOptions) -> None:
     """Print both tables."""
+    if options.measured and not Path(options.measured).is_file():
+        raise OptionError(f"--measured {options.measured}: no such file")
     text, vision = small_model()
     measured = measured_ratios(options.measured)
     rows = [("small", text, work_of(case, vision), measured.get(case.name)) for case in GRID]
@@ -220,7 +221,3 @@ def main(options: CountOptions) -> None:
         grown = [sum(our_way(text, replace(work_of(case, vision), group=group)).values()) for group in (4, 12, 32)]
         print(f"ours at {case.prompt_tokens} prompt tokens, G 4 -> 12 -> 32: {grown[1] / grown[0]:.2f} and "
               f"{grown[2] / grown[0]:.2f} times the work")
-
-
-if __name__ == "__main__":
-    main(OPTIONS)

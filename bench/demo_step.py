@@ -2,7 +2,7 @@
 
     python demo.py && python bench/demo_step.py
 
-Both run demo.yaml's model, catalogue and settings, turn by turn, from the same weights with the same random numbers.
+Both run the demo's model, catalogue and settings, turn by turn, from the same weights with the same random numbers.
 """
 
 import statistics
@@ -13,31 +13,30 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the program's own files
 
-from config import OptionError, TrainOptions, option, parse_options
+from config import TrainOptions, option
+from ground.options import parse_options
 
 
 @dataclass
 class DemoStepOptions:
     """What to measure"""
 
-    run_config: str = option("demo.yaml", "the run whose steps are measured")
-    repeats: int = option(5, "steps of each side; their medians are printed")
+    run_config: str = option("configs/demo.yaml", "the run whose steps are measured")
+    repeats: int = option(5, "steps of each side; their medians are printed", within="(0, inf)")
 
-    def check(self) -> None:
-        """Refuse values that can't work; raises OptionError naming the option."""
-        if self.repeats < 1:
-            raise OptionError(f"--repeats {self.repeats}: must be above 0")
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    OPTIONS = parse_options(DemoStepOptions, "One step of the demo with the shared prefix and without.")
+    from ground.commands import start
+
+    start(DemoStepOptions, "One step of the demo with the shared prefix and without.")
 
 import torch
 
-from data import products_of_step
 from meter import Meter, keep_memory
 from ours import make_run, our_step
 from prompts import read_template
+from sheets.samples import products_of_step
 from train_vlm_parallel import load_products
 
 
@@ -77,7 +76,3 @@ def main(options: DemoStepOptions) -> None:
               + ", ".join(f"{name} {value:.3f}" for name, value in phases.items())
               + f", step {medians[exact_path]:.3f} CPU seconds")
     print(f"shared prefix / exact path: {medians[False] / medians[True]:.2f}")
-
-
-if __name__ == "__main__":
-    main(OPTIONS)

@@ -8,13 +8,13 @@ import torch
 
 from cases import ANSWER_TOKENS, Case, seeded_rewards
 from config import TrainOptions
-from data import Sample
 from loss import VLM_GRPOLoss
 from meter import Meter
+from models.trainable import set_trainable
 from own_reward import Scorer
 from rollout import Group, PromptEncoder, rollout_groups
+from sheets.samples import Sample
 from train_vlm_parallel import Run, fill_buffer, load_models
-from trainable import set_trainable
 from update import Learner, make_optimizer, update
 
 TEMPLATE = "{text}"

@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the program's own files
 
-from config import OptionError, option, parse_options
+from config import option
 
 
 @dataclass
@@ -30,36 +30,31 @@ class PiecesOptions:
     """What to measure"""
 
     case: str = option("1000x12", "the step of step.py that is taken apart")
-    repeats: int = option(5, "calls and steps; the tables give medians")
+    repeats: int = option(5, "calls and steps; the tables give medians", within="(0, inf)")
     operators: int = option(8, "torch operators shown of each phase, the dearest first")
 
-    def check(self) -> None:
-        """Refuse values that can't work; raises OptionError naming the option."""
-        from cases import cases_named
-
-        cases_named(self.case)
-        if self.repeats < 1:
-            raise OptionError(f"--repeats {self.repeats}: must be above 0")
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    OPTIONS = parse_options(PiecesOptions, "Time what in a step is not the model.")
+    from ground.commands import start
+
+    start(PiecesOptions, "Time what in a step is not the model.")
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import policy as policy_file
 from cases import LABEL, Case, cases_named, make_sample, write_model
-from checkpoint import read_state, save_checkpoint
-from data import Sample, cached_photo_path, load_photos, load_samples
+from evidence.report import write_sheet
 from meter import Meter, keep_memory
-from models import load_weights
+from models import policy as policy_file
+from models.loading import load_weights
 from ours import make_run, measured_step, step_options
 from replay_buffer import ReplayBuffer, join_experiences, split_experience
-from report import write_sheet
 from reward import score_answer
 from rollout import PromptEncoder
+from sheets.samples import Sample, cached_photo_path, load_photos, load_samples
 from train_vlm_parallel import Run, fill_buffer
+from training.checkpoint import read_state, save_checkpoint
 
 ANSWER = 'The size is {"length": "12.5 cm", "width": 8, "height": 15, "unit": "cm"}.'
 ROWS, PRODUCTS = 100, 16  # of the sheet; of the buffer
@@ -239,7 +234,3 @@ def main(options: PiecesOptions) -> None:
         print(f"| {text} | {1000 * seconds:.2f} | {share} |")
     print("", f"A step of {case.name}, {whole:.2f} CPU seconds:", "", apart_table(apart), "",
           operator_table(profiler.operators, options.operators), sep="\n")
-
-
-if __name__ == "__main__":
-    main(OPTIONS)

@@ -25,7 +25,8 @@ from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the program's own files
 
-from config import OptionError, option, parse_options
+from config import option
+from ground.errors import OptionError
 
 
 @dataclass
@@ -34,7 +35,7 @@ class StepOptions:
 
     cases: str = option("300x12,1000x12,3000x12,1000x32,1000x12frozen,1000x4,3000x4",
                         "prompt tokens x group size, with frozen behind it for frozen vision")
-    repeats: int = option(3, "steps of each side; the table gives their medians")
+    repeats: int = option(3, "steps of each side; the table gives their medians", within="(0, inf)")
     micro_batches: str = option("1,2,4,6,8,12,16", "answers that TRL scores together: those that divide the group are "
                                                    "tried for a step each and the fastest is measured")
     most_tokens: int = option(20000, "micro-batches of more tokens are not tried, for their memory")
@@ -44,27 +45,20 @@ class StepOptions:
     memory_of: Literal["", "ours", "trl", "trl_checkpointed"] = option(
         "", "measure one side's memory in this process and print it: what the script calls itself with")
 
-    def check(self) -> None:
-        """Refuse values that can't work; raises OptionError naming the option."""
-        from cases import cases_named
-
-        cases_named(self.cases)
-        if self.repeats < 1:
-            raise OptionError(f"--repeats {self.repeats}: must be above 0")
-        if not all(size.isdecimal() and int(size) for size in self.micro_batches.split(",")):
-            raise OptionError(f"--micro_batches {self.micro_batches}: give numbers above 0, separated by commas")
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    OPTIONS = parse_options(StepOptions, "One training step, ours against TRL's.")
+    from ground.commands import start
+
+    start(StepOptions, "One training step, ours against TRL's.")
 
 import torch
 
 from cases import ANSWER_TOKENS, QUICK, Case, cases_named, make_sample, write_model
-from data import Sample, load_photos
 from meter import Meter, keep_memory, resident, return_memory, trim
 from ours import make_run, measured_step, reference_log_probs, step_options
 from rollout import Group
+from sheets.samples import Sample, load_photos
 from train_vlm_parallel import Run
 
 PHASES = ("prepare", "generate", "reference", "train")
@@ -258,10 +252,12 @@ def surroundings(options: StepOptions) -> dict[str, Any]:
 def main(options: StepOptions) -> None:
     """Measure the cases, print the table, write the JSON after each case."""
     torch.set_num_threads(1)
+    cases = [QUICK] if options.quick else cases_named(options.cases)
+    if not all(size.isdecimal() and int(size) for size in options.micro_batches.split(",")):
+        raise OptionError(f"--micro_batches {options.micro_batches}: give numbers above 0, separated by commas")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder)
-        cases = [QUICK] if options.quick else cases_named(options.cases)
         if options.memory_of:
             return_memory()
             print(json.dumps(memory_of(options.memory_of, cases[0], folder)))
@@ -276,7 +272,3 @@ def main(options: StepOptions) -> None:
             print(table(results[-1:]).splitlines()[-1], flush=True)
     print("", table(results), "", *growth(results), "", *(f"{name}: {text}" for name, text in SETTINGS.items()),
           sep="\n")
-
-
-if __name__ == "__main__":
-    main(OPTIONS)

@@ -20,9 +20,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from trl import GRPOConfig, GRPOTrainer
 
 from cases import ANSWER_TOKENS, LABEL, MARKERS, Case, seeded_rewards
-from data import Sample, load_photos
 from meter import Meter
 from reward import calculate_reward
+from sheets.samples import Sample, load_photos
 
 
 class PhotoProcessor(Qwen2_5_VLProcessor):

@@ -14,11 +14,10 @@ from torch.nn.functional import pad
 
 torch.set_num_threads(1)
 
-import standin_minicpm  # noqa: E402
-
 import demo  # noqa: E402
-from models import load_minicpm  # noqa: E402
-from policy import Policy  # noqa: E402
+import standin_minicpm  # noqa: E402
+from models.loading import load_minicpm  # noqa: E402
+from models.policy import Policy  # noqa: E402
 
 
 def tiny_model(tokenizer, layer_types, version="4_6"):
@@ -203,8 +202,8 @@ def noise_photo(seed, size=(64, 64)):
 
 def write_shop(folder, tokenizer, image_processor):
     """A model folder, a sheet with photos (eight good rows, one unlabelled, one without its photo) and prompt.txt."""
-    from data import cached_photo_path
-    from report import write_sheet
+    from evidence.report import write_sheet
+    from sheets.samples import cached_photo_path
 
     model = tiny_model(tokenizer, ["linear_attention", "full_attention"])
     for part in (model, tokenizer, image_processor):

@@ -62,7 +62,7 @@ def build(folder):
     from transformers import AutoConfig
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    from remote_code import mended_imports
+    from models.remote_code import mended_imports
 
     with mended_imports():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)

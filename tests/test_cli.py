@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+
 from conftest import as_flags, train_options
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -2,17 +2,8 @@
 
 import pytest
 
-from config import (
-    AnswerOptions,
-    CheckOptions,
-    CompareOptions,
-    DownloadOptions,
-    TrainOptions,
-    parse_options,
-    read_options,
-    sheet_options,
-    write_options,
-)
+from config import AnswerOptions, CheckDataOptions, CompareOptions, DownloadOptions, TrainOptions
+from ground.options import parse_options, read_options, sheet_options, write_options
 
 
 @pytest.fixture
@@ -113,7 +104,7 @@ def test_options_survive_writing(sheet):
 def test_columns_are_shared_repeated_and_kept(sheet):
     (sheet / "run.yaml").write_text("column: [text=标题]\nsheet_name: May\n", encoding="utf-8")
     argv = ("--config", "run.yaml", "--column", "photo=主图")
-    for kind in (TrainOptions, CheckOptions, DownloadOptions):
+    for kind in (TrainOptions, CheckDataOptions, DownloadOptions):
         options = parse(*argv, kind=kind)
         assert (options.column, options.sheet_name) == (["text=标题", "photo=主图"], "May")
     assert parse().column == []

@@ -1,69 +1,120 @@
-"""The house: imports go down only, nothing happens at import, the two READMEs give the same commands."""
+"""The house: imports go down only, between wings and inside them; nothing happens at import; two READMEs, one set of
+commands."""
 
 import ast
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# From the ground floor up; a file imports only from files before it.
-FLOORS = ["config", "prompts", "labels", "reward", "photos", "table", "sheet", "family", "data", "checks", "check_page",
-          "fetch", "own_reward", "measures", "journal", "provenance", "replay_buffer", "remote_code",
-          "family_minicpm_remote", "family_minicpm_v46", "family_qwen_vl", "shared_prefix", "decoding", "head", "lora",
-          "models", "policy", "trainable", "loss", "rollout", "guard", "loading", "processes", "sharding", "checkpoint",
-          "update", "preflight", "evaluation", "comparison", "report", "curves", "charts", "page", "demo", "doctor",
-          "check_data", "download_images", "export", "test_model", "run", "train_vlm_parallel"]
+# From the ground up. A wing's rooms import from wings before it; a room imports from rooms before it in its own wing.
+WINGS = {
+    "": ["config"],
+    "ground": ["errors", "files", "options", "commands"],
+    "sizes": ["labels"],
+    "sheets": ["photos", "table", "columns", "samples", "checks", "check_page", "fetch"],
+    "models": ["family", "remote_code", "minicpm_remote", "minicpm_v46", "qwen_vl", "shared_prefix", "decoding", "head",
+               "lora", "loading", "policy", "trainable", "processes", "sharding"],
+    "the algorithm": ["prompts", "reward", "own_reward", "replay_buffer", "loss", "rollout", "update"],
+    "evidence": ["measures", "journal", "evaluation", "comparison", "report", "charts", "page"],
+    "training": ["provenance", "checkpoint", "setup", "guard", "preflight", "curves"],
+    "the commands": ["check_data", "check_reward", "download_images", "demo", "export", "test_model", "run",
+                     "train_vlm_parallel"],
+}
+FLOORS = [room if wing.partition(" ")[0] in ("", "the") else f"{wing}.{room}" for wing, rooms in WINGS.items()
+          for room in rooms]
+COMMANDS = WINGS["the commands"]
+NO_TORCH = ("config", "ground", "sizes", "sheets", "prompts", "reward", "own_reward", "evidence.measures",
+            "evidence.journal", "training.provenance")
+SCRIPTS = [*ROOT.glob("*.py"), *(path for wing in WINGS if (ROOT / wing).is_dir() and wing
+                                 for path in (ROOT / wing).glob("*.py"))]
+
+
+def path_of(name, root=ROOT):
+    return root / (name.replace(".", "/") + ".py")
 
 
 def is_command(node):
-    """The foot of a file that is also a command, which stands on the top floor."""
+    """The head of a command, which alone runs when the file is started as a script."""
     return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
 
 
-def own_imports(tree):
-    parts = [part for node in tree.body if not is_command(node) for part in ast.walk(node)]
-    for node in parts:
+def own_imports(path):
+    """Every module that a file names in an import, wherever it stands."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level == 0:
             yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
 
+def upward_imports(name, root=ROOT):
+    """Imports of a file from its own floor or from above it."""
+    above = FLOORS[FLOORS.index(name):]
+    return sorted(set(above) & set(own_imports(path_of(name, root))))
+
+
 def test_every_file_has_its_floor():
-    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(FLOORS)
+    found = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SCRIPTS if path.stem != "__init__"}
+    assert found == set(FLOORS)
 
 
 @pytest.mark.parametrize("name", FLOORS)
 def test_imports_go_down_only(name):
-    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
-    above = set(FLOORS[FLOORS.index(name):])
-    assert not above & set(own_imports(tree))
+    assert not upward_imports(name)
 
 
-def test_the_ground_floor_knows_no_torch():
-    for name in ("config", "prompts", "labels", "reward", "photos", "table", "sheet", "data", "checks", "check_page",
-                 "fetch", "own_reward", "measures", "journal", "provenance"):
-        assert "torch" not in set(own_imports(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))))
+@pytest.mark.parametrize(("name", "line", "found"), [
+    ("sheets.photos", "from training.checkpoint import save_checkpoint", "training.checkpoint"),  # between wings
+    ("sheets.photos", "from sheets.fetch import fetch", "sheets.fetch"),  # inside one
+    ("models.head", "from models import policy", "models.policy"),
+    ("reward", "import check_reward", "check_reward"),  # of the algorithm from a command
+    ("loss", "def later():\n    from update import update", "update"),  # inside a function
+    ("reward", "if __name__ == '__main__':\n    from check_reward import main", "check_reward"),  # at the foot
+])
+def test_an_upward_import_is_found(tmp_path, name, line, found):
+    path = path_of(name, tmp_path)
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(path_of(name), path)
+    assert not upward_imports(name, tmp_path)
+    path.write_text(path.read_text(encoding="utf-8") + "\n" + line + "\n", encoding="utf-8")
+    assert upward_imports(name, tmp_path) == [found]
+
+
+def test_the_lower_floors_know_no_torch():
+    for name in FLOORS:
+        if name.startswith(NO_TORCH):
+            assert "torch" not in set(own_imports(path_of(name))), name
 
 
 @pytest.mark.parametrize("name", FLOORS)
 def test_importing_a_file_does_nothing(name):
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
-    body = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")).body
+    body = ast.parse(path_of(name).read_text(encoding="utf-8")).body
     assert ast.get_docstring(ast.Module(body, [])), "a file says what it is for"
+    heads = [place for place, node in enumerate(body) if is_command(node)]
+    assert heads == ([1] if name in COMMANDS else []), "a command reads its options at its head, in one place"
     for node in body[1:]:
         assert is_command(node) or isinstance(node, allowed), ast.unparse(node)
 
 
 def test_no_blanket_except():
-    for path in ROOT.glob("*.py"):
+    for path in SCRIPTS:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ExceptHandler):
                 caught = "" if node.type is None else ast.unparse(node.type)
                 allowed = path.name == "own_reward.py"  # it runs a user's code, which may raise anything
                 assert allowed or caught not in ("", "Exception", "BaseException"), f"{path.name}:{node.lineno}"
+
+
+def test_the_top_stays_small():
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    files = [path for path in ROOT.iterdir() if path.is_file() and not any(map(path.match, ignored))]
+    assert len([path for path in files if path.suffix == ".py"]) <= 16 and len(files) <= 25
 
 
 def code_blocks(name):

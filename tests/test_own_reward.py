@@ -2,9 +2,10 @@
 
 import pytest
 
-from config import OptionError, check_rewards, split_reward
-from data import Sample
+from ground.errors import OptionError
+from ground.options import check_rewards, split_reward
 from own_reward import RewardError, Scorer
+from sheets.samples import Sample
 
 SAMPLE = Sample(row=7, product_id="p7", text="mug", label=(10.0, 5.0), photos=(), sheet="s.xlsx")
 HALF = '{"length": 10, "width": 2.5}'  # the built-in reward: 1 - 0.5 / 2

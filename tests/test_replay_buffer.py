@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from family import Prompt
+from models.family import Prompt
 from replay_buffer import Experience, ReplayBuffer, join_experiences, make_experience, split_experience
 
 

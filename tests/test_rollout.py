@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import noise_photo
 from loguru import logger
 
-from data import PhotoError, Sample, load_photos
+from conftest import noise_photo
 from rollout import PromptEncoder, draw_uniforms, rollout, rollout_groups
+from sheets.samples import PhotoError, Sample, load_photos
 
 
 def sample_of(tmp_path, row, text="box", photos=1, label=(12.0, 8.0, 15.0)):

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import train_options
 
 import run as comparing
 import train_vlm_parallel as training
 from config import CompareOptions
-from evaluation import ablations, evaluate
+from conftest import train_options
+from evidence.evaluation import ablations, evaluate
+from ground.errors import UserError
+from ground.options import check_options
 from rollout import PromptEncoder
 
 
@@ -26,9 +28,9 @@ def trained(shop, tmp_path_factory):
 def compare(checkpoint, folder, **changes):
     options = CompareOptions(checkpoint_path=str(checkpoint), output_dir=str(folder), device="cpu",
                              **{"num_samples": 2, **changes})
-    options.check()
-    status = comparing.main(options)
-    return json.loads((folder / "compare.json").read_text()) if status == 0 else status
+    check_options(options)
+    comparing.main(options)
+    return json.loads((folder / "compare.json").read_text())
 
 
 def test_several_models_side_by_side(trained, shop, tmp_path):
@@ -57,7 +59,8 @@ def test_another_checkpoint_answers_with_its_own_options(trained, tmp_path):
 def test_another_model_that_is_not_there_is_refused_at_once(trained, tmp_path):
     with pytest.raises(comparing.OptionError, match="--also a/b/gone"):
         compare(trained, tmp_path, also=["a/b/gone"])
-    assert compare(trained, tmp_path, also=[str(trained), str(trained)]) == 2
+    with pytest.raises(UserError, match="given twice"):
+        compare(trained, tmp_path, also=[str(trained), str(trained)])
 
 
 def test_what_names_tell_apart():
@@ -68,7 +71,7 @@ def test_what_names_tell_apart():
         comparing.names_of(["a/step_1", "a/step_1"])
 
 
-def test_a_reward_of_ones_own_is_the_same_everywhere(shop, tmp_path, capsys):
+def test_a_reward_of_ones_own_is_the_same_everywhere(shop, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def long(answer, label, sample):\n    return len(answer) + sample.row / 100\n")
     options = train_options(shop, tmp_path, reward=[f"{file}:long:2"], max_steps=1, eval_fraction=0.5, eval_every=0)
@@ -78,9 +81,8 @@ def test_a_reward_of_ones_own_is_the_same_everywhere(shop, tmp_path, capsys):
         answer = product["models"]["after"]["answers"][0]
         assert answer["reward"] == pytest.approx(2 * (len(answer["answer"]) + product["row"] / 100))
     file.write_text("def long(answer, label, sample):\n    return 1 / 0\n")
-    assert compare(checkpoint, tmp_path, greedy=True) == 2
-    said = capsys.readouterr().err
-    assert "own_reward_1.py" in said and "--trust_remote_code" in said
+    with pytest.raises(UserError, match="own_reward_1.py.*--trust_remote_code"):
+        compare(checkpoint, tmp_path, greedy=True)
     trusting = compare(checkpoint, tmp_path, greedy=True, trust_remote_code=True)
     assert trusting["summary"] == report["summary"]
     assert compare(checkpoint, tmp_path, greedy=True, reward=["size"])["summary"]["after"]["mean_reward"] <= 1
@@ -93,11 +95,13 @@ def test_a_reward_that_fails_in_the_middle_stops_before_weights_change(shop, tmp
     steps = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: steps.append(1))
     options = train_options(shop, tmp_path, reward=[f"{file}:late"], eval_every=0)
-    assert training.main(options) == 2
-    log = (tmp_path / "run" / "train.log").read_text()
-    assert "ZeroDivisionError" in log and "data.xlsx row" in log and "step 1/3" in log and len(steps) == 1
+    with pytest.raises(UserError, match="ZeroDivisionError.*data.xlsx row"):
+        training.main(options)
+    assert "step 1/3" in (tmp_path / "run" / "train.log").read_text() and len(steps) == 1
     broken = replace(options, reward=[f"{file}:missing"], output_dir=str(tmp_path / "other"))
-    assert training.main(broken) == 2 and not list((tmp_path / "other").glob("step_*"))
+    with pytest.raises(UserError, match="no function 'missing'"):
+        training.main(broken)
+    assert not list((tmp_path / "other").glob("step_*"))
 
 
 def test_a_model_that_looks_at_no_photo_loses_nothing(dense_policy, shop, trained):

@@ -94,7 +94,7 @@ def scaling_rows():
 
 @pytest.mark.parametrize("rows", [memory_rows, scaling_rows])
 def test_the_tables_are_what_the_formulas_give(rows):
-    page = (ROOT / "scaling.md").read_text(encoding="utf-8").splitlines()
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8").splitlines()
     assert [row for row in rows() if row not in page] == []
 
 

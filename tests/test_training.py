@@ -12,18 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_flags, train_options
 from safetensors.torch import load_file
 
-import loading
 import train_vlm_parallel as training
-from checkpoint import list_checkpoints, options_of
-from config import CompareOptions, OptionError, TrainOptions
-from data import DataError
+from config import CompareOptions, TrainOptions
+from conftest import as_flags, train_options
+from evidence.report import write_sheet
+from ground.errors import OptionError
 from loss import VLM_GRPOLoss
-from report import write_sheet
 from run import choose_samples
-from table import write_table
+from sheets.samples import DataError
+from sheets.table import write_table
+from training import setup as loading
+from training.checkpoint import list_checkpoints, options_of
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,0 +1,149 @@
+"""The reward doctor: how an answer is read and scored, and how much there is for GRPO to gain on a sheet.
+
+    python check_reward.py '{"length": 12, "width": 8, "height": 15}' --label "12 x 8 x 15 cm"
+    python check_reward.py --model_path MODEL --data_path data.xlsx    # before GPU hours are spent
+
+Torch is imported only for a sheet.
+"""
+
+if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
+    from config import CheckRewardOptions
+    from ground.commands import start
+
+    start(CheckRewardOptions, "How an answer is read and scored; what a sheet holds for RL to gain.")
+
+from collections.abc import Sequence
+from statistics import fmean, pstdev
+
+from loguru import logger
+
+from config import CheckRewardOptions
+from evidence.measures import unit_slip, volume_error
+from own_reward import Scorer
+from reward import SUCCESS_REWARD, RewardParts, parse_label, read_answer
+from sheets.samples import DataError, Sample
+
+_TINY = 0.01  # a group whose rewards spread less has hardly any signal
+
+
+def explain(options: CheckRewardOptions) -> str:
+    """Say how an answer was read, how far each side is off, and what it earns."""
+    label = parse_label(options.label, "--label")
+    sample = Sample(row=1, product_id="-", text=options.text, label=label, photos=(), sheet="command line")
+    parts = Scorer(options.reward)(options.answer, sample)
+    reading = read_answer(options.answer)
+    written = ", ".join(map(_size_as_read, reading.sizes, reading.units))
+    lines = [f"answer:  {options.answer}", f"label:   {_sizes(sorted(label, reverse=True))} cm, largest first",
+             f"read:    {written or 'nothing'}"]
+    if parts.reason:
+        lines.append(f"         {parts.reason}")
+    for place, (true, error) in enumerate(zip(sorted(label, reverse=True), parts.errors, strict=True)):
+        found = f"{parts.sizes[place]:g} for {true:g}" if place < len(parts.sizes) else f"missing for {true:g}"
+        lines.append(f"side {place + 1}:  {found}: off by {error:.1%}")
+    return "\n".join([*lines, *_remarks(parts, label), *_earned(parts)])
+
+
+def _size_as_read(size: float | None, unit: str) -> str:
+    if size is None:
+        return "unreadable"
+    return f"{size:g} cm" if unit == "cm" else f"{size:g} cm (given in {unit})"
+
+
+def _remarks(parts: RewardParts, label: Sequence[float]) -> list[str]:
+    lines = []
+    volume, slip = volume_error(parts.sizes, label), unit_slip(parts.sizes, label)
+    if volume is not None:
+        lines.append(f"volume:  off by {volume:.1%}")
+    if slip is not None:
+        lines.append(f"unit:    every side is {slip:g} times the true one: the wrong unit?")
+    return lines
+
+
+def _earned(parts: RewardParts) -> list[str]:
+    if parts.named:
+        return [*(f"part:    {name} {value:+.4f}" for name, value in parts.named),
+                f"reward:  {parts.reward:.4f}, the sum of the parts"]
+    mean = fmean(parts.errors)
+    return [f"reward:  {parts.reward:.4f} = max(0, 1 - {mean:.4f}), the mean error"]
+
+
+def _sizes(sizes: Sequence[float]) -> str:
+    return " x ".join(f"{size:g}" for size in sizes)
+
+
+def examine(options: CheckRewardOptions) -> str:
+    """Answer a sheet's products in groups, as training would, and say what there is to learn from."""
+    import torch
+
+    from config import TrainOptions
+    from evidence.evaluation import evaluate
+    from prompts import read_template
+    from rollout import PromptEncoder
+    from sheets.samples import load_samples, require_usable, summarise_problems
+    from training.checkpoint import open_model, options_of, scorer_of
+
+    if options.num_threads:
+        torch.set_num_threads(options.num_threads)
+    trained = options_of(options.model_path) or TrainOptions()
+    own_wording = options.prompt_file or options.prompt_language
+    template = read_template(options.prompt_file if own_wording else trained.prompt_file)
+    scorer = scorer_of(trained, options.reward, options.trust_remote_code)
+    cache = options.image_cache_dir or trained.image_cache_dir
+    samples, problems = load_samples(options.data_path, cache, trained.missing_photos)
+    require_usable(samples, problems, options.data_path, cache)
+    if problems:
+        logger.warning(f"{options.data_path}: rows with problems\n{summarise_problems(problems)}")
+    logger.info(scorer.check(samples[0]))
+    policy = open_model(options.model_path, None, trained, options.device, options.trust_remote_code)
+    encoder = PromptEncoder(policy, options.prompt_language or trained.prompt_language, template,
+                            trained.prompt_cache_mb, trained.max_prompt_length)
+    samples = samples[:options.max_products]
+    temperature = trained.temperature if options.temperature is None else options.temperature
+    (groups, failures), (greedy, _) = (
+        evaluate(encoder, samples, options.group_size, heat, options.max_length or trained.max_length, options.seed,
+                 options.eval_batch_size, scorer) for heat in (temperature, None))
+    for failure in failures:
+        logger.warning(f"not answered: {failure}")
+    if not groups or not greedy:
+        raise DataError("no product could be answered; see the warnings above")
+    return "\n".join([f"{len(groups)} products x {options.group_size} answers at temperature {temperature}",
+                      *head_room([group.rewards for group in groups], [record.reward for record in greedy],
+                                 fmean(part.valid for group in groups for part in group.parts))])
+
+
+def head_room(groups: Sequence[Sequence[float]], greedy: Sequence[float], readable: float) -> list[str]:
+    """Say what groups of rewards hold for GRPO to learn from, and give a verdict."""
+    mean, best = fmean(map(fmean, groups)), fmean(map(max, groups))
+    alike = fmean(max(group) == min(group) for group in groups)
+    tiny = fmean(max(group) > min(group) and pstdev(group) < _TINY for group in groups)
+    success = fmean(reward >= SUCCESS_REWARD for group in groups for reward in group)
+    lines = [f"readable answers                 {readable:.1%}",
+             f"groups with a signal             {1 - alike - tiny:.1%}",
+             f"  all answers earn the same      {alike:.1%}",
+             f"  spread below {_TINY}              {tiny:.1%}",
+             f"mean reward                      {mean:.3f}",
+             f"greedy                           {fmean(greedy):.3f}",
+             f"best of {len(groups[0]):<3}                      {best:.3f}",
+             f"head-room, best - mean           {best - mean:.3f}",
+             f"answers with reward >= 0.9       {success:.1%}"]
+    return [*lines, verdict(readable, 1 - alike - tiny, mean, best)]
+
+
+def verdict(readable: float, signal: float, mean: float, best: float) -> str:
+    """Say in a sentence whether RL can help here, and what to do where it can't."""
+    if readable < 0.5:
+        return ("verdict: most answers can't be read: mend the prompt, or fine-tune on a few written answers first; RL "
+                "would mostly teach the format")
+    if signal < 0.2:
+        return ("verdict: most groups give nothing to learn from: raise --temperature or --group_size, or the products "
+                "are too easy or too hard for this model")
+    if best - mean < 0.05:
+        return ("verdict: little to gain: even the best answers of a group are hardly better than the average one; "
+                "check the labels and what the photos show, rather than train")
+    return (f"verdict: RL can help: better answers are sampled already, and making them the rule would lift the mean "
+            f"from {mean:.2f} towards {best:.2f}")
+
+
+def main(options: CheckRewardOptions) -> None:
+    """Explain an answer, or examine a sheet."""
+    print(explain(options) if options.data_path is None else examine(options))

@@ -1,0 +1,1 @@
+"""A model folder becomes a policy, on one process or many."""

@@ -1,0 +1,348 @@
+"""The policy and its reference: embed a prompt once, sample a group, score a group; what trains.
+
+Device and dtype are handled here and in models.py, nowhere else. Weights that train are float32; with --dtype bfloat16
+the matrix products run under autocast. Dropout is never active (eval mode), so sampling and scoring see the same
+network.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from config import TrainOptions
+from models import lora, shared_prefix
+from models.decoding import PackedWriter, PlainWriter
+from models.family import ModelError, Prompt
+from models.head import distribution, score_tokens
+from models.loading import DTYPES, choose_device, family_of, load_minicpm, load_weights, stop_token_ids
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Sampled answers of B products, G rows each, in product order."""
+
+    completions: Tensor  # (B * G, T) ids as sampled; behind the stop token undefined
+    action_mask: Tensor  # (B * G, T) bool: up to and including the stop token
+    old_log_probs: Tensor  # (B * G, T) float32 at the sampling temperature; 0 where masked
+    truncated: Tensor  # (B * G,) bool: no stop token within T
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Embedded prompts, and perhaps what follows them: B rows, padded to one width."""
+
+    inputs: Tensor  # (B, L, d), photos in place
+    mask: Tensor  # (B, L) bool: not padding
+    photo_mask: Tensor  # (B, L) bool: filled by photo features
+    positions: Tensor  # (B, L), or (axes, B, L)
+    last_positions: Tensor  # (B, 1), or (axes, B, 1): of each prompt's last token
+
+    def repeated(self, group_size: int) -> "_Rows":
+        """Every row group_size times."""
+        return _Rows(self.inputs.repeat_interleave(group_size, 0), self.mask.repeat_interleave(group_size, 0),
+                     self.photo_mask.repeat_interleave(group_size, 0),
+                     self.positions.repeat_interleave(group_size, -2),
+                     self.last_positions.repeat_interleave(group_size, -2))
+
+    def followed_by(self, embedded: Tensor, offsets: Tensor) -> "_Rows":
+        """Append embedded columns (B, C, d), offsets (B, C) tokens behind the first one after the prompt."""
+        columns = embedded.shape[1]
+        return _Rows(torch.cat([self.inputs, embedded.to(self.inputs.dtype)], 1),
+                     nn.functional.pad(self.mask, (0, columns), value=True),
+                     nn.functional.pad(self.photo_mask, (0, columns)),
+                     torch.cat([self.positions, self.last_positions + 1 + offsets], -1), self.last_positions)
+
+
+class Root(nn.Module):
+    """Does work inside one forward call, whatever parts of the model the work uses: weights that are split over
+    processes are gathered and given back around it (sharding.py)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Do the work."""
+        return work(*args)
+
+
+class Policy:
+    """A model with its tokenizer and image processor, behind the operations that GRPO needs."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any, dtype: torch.dtype = torch.float32,
+                 max_slice_nums: int | None = None, max_pixels: int | None = None, exact_path: bool = False,
+                 gradient_checkpointing: bool = False):
+        self.model = model.eval()
+        self.root = Root(model)
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.family = family_of(model.config.model_type)
+        if max_slice_nums is not None and not self.family.cuts_slices:
+            raise ModelError(f"--max_slice_nums {max_slice_nums}: {model.config.model_type} does not cut photos into "
+                             "slices; bound them with --max_pixels instead")
+        self.dtype = dtype
+        self.max_slice_nums = max_slice_nums
+        self.max_pixels = max_pixels
+        self.device = next(model.parameters()).device
+        self._language_model = self.family.language_model(model)
+        self._head = self.family.head(model)
+        self._embed_tokens = self._language_model.get_input_embeddings()
+        self.exact_path = exact_path
+        if not exact_path:
+            shared_prefix.install(self._language_model)
+        self._checkpointed = repeated_layers(model) if gradient_checkpointing else []
+        for layer in self._checkpointed:
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        self._banned = torch.tensor(self.family.never_sampled(model, tokenizer), device=self.device)
+        self.stop_ids = torch.tensor(stop_token_ids(model, tokenizer), device=self.device)
+        self.adapter: Any = None  # peft's wrapper around the model, when low-rank adapters are in it
+        self._adapter_off = False
+
+    def add_adapter(self, rank: int, alpha: int | None, base_path: str) -> None:
+        """Put a new adapter on every linear layer of the language model; alpha None: 2 * rank."""
+        self.adapter = lora.add_adapter(self.model, self.family.lora_targets(self.model), rank, alpha or 2 * rank,
+                                        base_path)
+
+    def without_adapter(self) -> "Policy":
+        """The same model as it is with the adapter switched off: the base, no second copy."""
+        base = copy.copy(self)
+        base._adapter_off = True
+        return base
+
+    def load_weights(self, path: str) -> None:
+        """Take on a checkpoint: its adapter, put on this model, or its weights; raises ModelError when none fits."""
+        if lora.is_adapter(path):
+            self.adapter = lora.load_adapter(self.model, path)
+        else:
+            load_weights(self.model, path)
+
+    def merge_adapter(self) -> None:
+        """Add the adapter to the model's weights, for good."""
+        lora.merge_adapter(self.adapter)
+        self.adapter = None
+
+    def save(self, model_path: str, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write the model as a folder that loads by itself, or the adapter alone where there is one; the processor too.
+
+        model_path: the model that this one came from. weights: the whole ones, where this process has only a share.
+        """
+        if self.adapter is None:
+            self.family.save(self.model, self.tokenizer, self.image_processor, model_path, folder, weights)
+        else:
+            lora.save_adapter(self.adapter, folder, weights)
+            self.family.save_processor(self.tokenizer, self.image_processor, model_path, folder)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """The compute dtype, and the adapter on or off."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            if self._adapter_off:
+                with self.adapter.disable_adapter():
+                    yield
+            else:
+                yield
+
+    def encode_prompt(self, text: str, photos: Sequence[Any]) -> Prompt:
+        """Prepare a prompt text and its photos (CPU tensors)."""
+        return self.family.encode_prompt(self.tokenizer, self.image_processor, text, photos, self.max_slice_nums,
+                                         self.max_pixels)
+
+    def photo_features(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
+        """Encode the photos of some prompts: per prompt (photo tokens, width), or None without photos."""
+        with self.computing():
+            return self.root(self.family.photo_features, self.model, prompts)
+
+    def sample(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], uniforms: Tensor,
+               temperature: float | None) -> Generation:
+        """Sample G answers a prompt from one prefill, top_p 1, top_k 0, no repetition penalty.
+
+        uniforms: (B * G, T) float64 in [0, 1), one number a token: the whole randomness, so that a product's answers
+        depend neither on the products beside it nor on the device. temperature None answers greedily.
+        """
+        with torch.no_grad(), self.computing():
+            return self.root(self._sample, prompts, features, uniforms.to(self.device), temperature)
+
+    def _sample(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], uniforms: Tensor,
+                temperature: float | None) -> Generation:
+        rows, max_length = uniforms.shape
+        writer = self._begin(prompts, features, rows // len(prompts), max_length)
+        completions = torch.zeros(rows, max_length, dtype=torch.long, device=self.device)
+        log_probs = torch.zeros(rows, max_length, device=self.device)
+        stopped = torch.zeros(rows, dtype=torch.bool, device=self.device)
+        look_every = 1 if self.device.type == "cpu" else 8  # asking which have stopped waits for the GPU
+        for step in range(max_length):
+            step_log_probs = distribution(self._head, writer.hidden, temperature, self._banned)  # (n, V)
+            token = _inverse_cdf(step_log_probs, uniforms[writer.rows, step, None]) if temperature else \
+                step_log_probs.argmax(-1, keepdim=True)  # (n, 1)
+            completions[writer.rows, step] = token[:, 0]
+            log_probs[writer.rows, step] = step_log_probs.gather(1, token)[:, 0]
+            stopped[writer.rows] |= torch.isin(token[:, 0], self.stop_ids)
+            if step + 1 == max_length:
+                break
+            if step % look_every == 0:
+                if bool(stopped.all()):
+                    break
+                kept = writer.drop(stopped)
+                token = token if kept is None else token.index_select(0, kept)
+            writer.feed(self._embed_tokens(token))
+
+        completions, log_probs = completions[:, :step + 1], log_probs[:, :step + 1]
+        is_stop = torch.isin(completions, self.stop_ids)
+        action_mask = is_stop.cumsum(1) - is_stop.long() == 0  # nothing stopped before this token
+        return Generation(completions, action_mask, log_probs.masked_fill(~action_mask, 0.0), ~is_stop.any(1))
+
+    def _begin(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], group_size: int, max_length: int
+               ) -> PackedWriter | PlainWriter:
+        """Run the prompts through the model once, ready to write a group of answers behind each."""
+        prefix = self._embed(prompts, features)
+        if self.exact_path:
+            out = self._forward(prefix, features, use_cache=True)
+            cache, columns = out.past_key_values, prefix.mask.shape[1]
+            if cache is None or cache.get_seq_length() != columns:
+                raise ModelError(f"{type(self._language_model).__name__} returned no cache of the prompt's length")
+            return PlainWriter(self._language_model, cache, out.last_hidden_state[:, -1], prefix.last_positions,
+                               prefix.mask, group_size)
+        layout = shared_prefix.lay_out_prompts([len(prompt.input_ids) for prompt in prompts], self.device)
+        hidden = self._forward(prefix, features, layout=layout).last_hidden_state.flatten(0, 1)
+        return PackedWriter(self._language_model, layout, hidden.index_select(0, layout.predictors),
+                            prefix.last_positions, group_size, max_length)
+
+    def log_probs(self, prompts: Sequence[Prompt], completions: Tensor, action_mask: Tensor, temperature: float,
+                  features: Sequence[Tensor | None] | None = None, exact_path: bool | None = None,
+                  with_entropy: bool = True) -> tuple[Tensor, Tensor]:
+        """Score answers: log-probs of the tokens taken, and the entropy at each token without gradient.
+
+        completions, action_mask: (B * G, T), G rows a prompt in order. Returns two (B * G, T) float32, 0 where masked.
+        features: reuse encoded photos; None encodes them here, with gradient where the vision trains.
+        exact_path: a row an answer instead of a row a group; None does as the policy was told. with_entropy False
+        leaves the entropy 0.
+        """
+        rows = self._plain_rows if (self.exact_path if exact_path is None else exact_path) else self._shared_rows
+        with self.computing(), self._checkpointing():
+            return self.root(self._log_probs, rows, prompts, completions, action_mask, temperature, features,
+                             with_entropy)
+
+    def _log_probs(self, rows: Callable[..., Tensor], prompts: Sequence[Prompt], completions: Tensor,
+                   action_mask: Tensor, temperature: float, features: Sequence[Tensor | None] | None,
+                   with_entropy: bool) -> tuple[Tensor, Tensor]:
+        if features is None:
+            features = self.family.photo_features(self.model, prompts)
+        hidden = rows(prompts, features, completions, action_mask)  # (tokens, d)
+        taken, entropy = score_tokens(self._head, hidden, completions[action_mask], temperature, self._banned,
+                                      with_entropy)
+        zeros = torch.zeros(action_mask.shape, device=self.device)
+        return zeros.masked_scatter(action_mask, taken), zeros.masked_scatter(action_mask, entropy)
+
+    def _shared_rows(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], completions: Tensor,
+                     action_mask: Tensor) -> Tensor:
+        """Hidden states that predict the answers' tokens, (tokens, d): a row a group, the prompt computed once."""
+        layout = shared_prefix.lay_out_groups([len(prompt.input_ids) for prompt in prompts], action_mask, self.dtype)
+        rows = self._embed(prompts, features)
+        if layout.answers is not None:
+            rows = rows.followed_by(self._embed_tokens(completions.flatten()[layout.answers.tokens]),
+                                    layout.answers.offsets)
+        hidden = self._forward(rows, features, layout=layout).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, layout.predictors)
+
+    def _plain_rows(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], completions: Tensor,
+                    action_mask: Tensor) -> Tensor:
+        """The slow twin of _shared_rows: a row an answer, the prompt computed for each."""
+        group_size, columns = len(completions) // len(prompts), completions.shape[1]
+        prefix = self._embed(prompts, features, left=True).repeated(group_size)
+        # Behind a stop token nothing is read: no token sees it, and the scores there are left out.
+        rows = prefix.followed_by(self._embed_tokens(completions),
+                                  torch.arange(columns, device=self.device).expand(len(completions), -1))
+        hidden = self._forward(rows, [photo for photo in features for _ in range(group_size)]).last_hidden_state
+        return hidden[:, -columns - 1:-1][action_mask]  # the prompt's last token predicts the first
+
+    def _embed(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], left: bool | None = None) -> _Rows:
+        """Embed prompts, photos in place; left: padded there, as plain rows are."""
+        left = self.exact_path if left is None else left
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        inputs, positions, last_positions = [], [], []
+        mask, photo_mask = (torch.zeros(len(prompts), longest, dtype=torch.bool) for _ in range(2))
+        for index, (prompt, photo) in enumerate(zip(prompts, features, strict=True)):
+            length = len(prompt.input_ids)
+            start = longest - length if left else 0
+            padding = (start, longest - length - start)
+            row = self._embed_tokens(prompt.input_ids.to(self.device))  # (P_i, d)
+            if photo is not None:
+                at = self.family.photo_positions(self.model, prompt)  # (P_i,)
+                if int(at.sum()) != len(photo):  # masked_scatter would drop the rest without a word
+                    raise ModelError(f"the prompt has room for {int(at.sum())} photo tokens, the vision gave "
+                                     f"{len(photo)}")
+                row = row.masked_scatter(at.to(self.device)[:, None], photo[:, :row.shape[1]].to(row.dtype))
+                photo_mask[index, start:start + length] = at
+            inputs.append(nn.functional.pad(row, (0, 0, *padding)))
+            mask[index, start:start + length] = True
+            counted = self.family.positions(self.model, prompt)  # (P_i,), or (axes, P_i)
+            positions.append(nn.functional.pad(counted, padding))
+            last_positions.append(counted[..., -1:])
+        return _Rows(torch.stack(inputs), mask.to(self.device), photo_mask.to(self.device),
+                     torch.stack(positions, -2).to(self.device), torch.stack(last_positions, -2).to(self.device))
+
+    def _forward(self, rows: _Rows, features: Sequence[Tensor | None], use_cache: bool = False,
+                 layout: shared_prefix.Layout | None = None) -> Any:
+        """Run the language model on rows that begin with prompts; features: one entry a row."""
+        arguments = self.family.decoder_arguments(self.model, features, rows.photo_mask)
+        if layout is None:
+            mask = None if bool(rows.mask.all()) else rows.mask  # without padding kernels take their fast causal path
+        else:
+            arguments["layout"] = layout
+            mask = rows.inputs.new_zeros(1, 1, 1, 1)  # four axes: transformers builds no mask; the layout masks
+        return self._language_model(inputs_embeds=rows.inputs, attention_mask=mask, position_ids=rows.positions,
+                                    use_cache=use_cache, **arguments)
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Let the layers drop what they computed and compute it again in the backward pass, if asked for.
+
+        Transformers' layers do so in training mode only. The layers alone get it, not what is inside: no dropout.
+        """
+        for layer in self._checkpointed:
+            layer.gradient_checkpointing = layer.training = torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            for layer in self._checkpointed:
+                layer.gradient_checkpointing = layer.training = False
+
+    def answers(self, completions: Tensor, action_mask: Tensor) -> list[str]:
+        """Decode answers for people and for the reward; the ids themselves are never made from these strings."""
+        return [self.tokenizer.decode(row[mask], skip_special_tokens=True)
+                for row, mask in zip(completions.cpu(), action_mask.cpu(), strict=True)]
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that transformers stacks, of language and vision: what is checkpointed and sharded one by one."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _inverse_cdf(log_probs: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one token a row: the first whose cumulative probability exceeds the uniform number; (n, 1)."""
+    cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
+    # Scaled by the total, the target stays below it, so a token of probability 0 is never the first above.
+    # The clamp only meets rows of NaN: those are reported by the caller, not crashed on.
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=log_probs.shape[-1] - 1)
+
+
+def load_policy(model_path: str, options: TrainOptions, device: str, trust_remote_code: bool) -> Policy:
+    """Load a model as a run with these options does, before any of the run's own weights or adapter.
+
+    Under an adapter the frozen base is held in the compute dtype, or in 4 bits; weights that train are float32.
+    """
+    dtype = DTYPES[options.dtype]
+    model, tokenizer, image_processor = load_minicpm(model_path, dtype if options.lora_rank else torch.float32,
+                                                     trust_remote_code, options.quantize)
+    return Policy(model.to(choose_device(device)), tokenizer, image_processor, dtype, options.max_slice_nums,
+                  options.max_pixels, options.exact_path, options.gradient_checkpointing)

@@ -1,0 +1,85 @@
+"""What check_data.py found, as one page for a browser: no script, nothing loaded, every word of the sheet as text."""
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+
+from sheets.checks import count_kinds
+from sheets.photos import PhotoError, open_photo
+from sheets.samples import RowProblem, Sample
+
+_SHOWN_ROWS, _SHOWN_PHOTOS, _SHOWN_TEXT = 100, 5, 300  # rows of a kind, photos of a row, characters of a text
+_THUMBNAIL = 96  # pixels
+_STYLE = """
+body { font: 15px/1.45 system-ui, "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif; color: #1f2933;
+       margin: 0 auto; max-width: 1200px; padding: 24px; }
+h1 { font-size: 24px; margin: 0 0 8px; overflow-wrap: anywhere; } h2 { font-size: 18px; margin: 32px 0 8px; }
+.conclusion { padding: 12px 16px; border-radius: 6px; background: #e3f9e5; overflow-wrap: anywhere; }
+.conclusion.not { background: #ffe3e3; }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; }
+th, td { text-align: left; vertical-align: top; padding: 8px; border-bottom: 1px solid #e4e7eb;
+         overflow-wrap: anywhere; white-space: pre-line; }
+th { background: #f5f7fa; } .number { width: 70px; } .id { width: 120px; } .label { width: 150px; }
+.photos { width: 220px; white-space: normal; } .counts { width: auto; table-layout: auto; }
+img { max-width: 96px; max-height: 96px; margin: 0 4px 4px 0; border: 1px solid #e4e7eb; }
+.out { color: #a61b1b; } .used { color: #52606d; }
+"""
+
+
+def html_page(path: str, rows: Sequence[Sample], problems: Sequence[RowProblem], conclusion: str) -> str:
+    """Write the page: the conclusion, the kinds of problem, and the first rows of each with their photos."""
+    counts = count_kinds(problems)
+    samples = {sample.row: sample for sample in rows}
+    index = "".join(f'<tr><td><a href="#{place}">{escape(kind)}</a></td><td>{count}</td></tr>'
+                    for place, (kind, count) in enumerate(counts.items()))
+    sections = [_section(place, kind, [problem for problem in problems if problem.kind == kind], samples)
+                for place, kind in enumerate(counts)]
+    would_not = " not" if "would not start" in conclusion else ""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{escape(path)}: data check</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{escape(path)}</h1>
+<p>{len(rows)} rows with a text, {sum(bool(sample.label) for sample in rows)} with a readable label.</p>
+<p class="conclusion{would_not}">{escape(conclusion)}</p>
+<table class="counts"><tr><th>kind</th><th>rows</th></tr>{index}</table>
+{"".join(sections)}
+</body>
+</html>
+"""
+
+
+def _section(place: int, kind: str, problems: Sequence[RowProblem], samples: dict[int, Sample]) -> str:
+    lines = "".join(_line(problem, samples.get(problem.row)) for problem in problems[:_SHOWN_ROWS])
+    more = f"<p>... and {len(problems) - _SHOWN_ROWS} more; the sheet that was written back names all.</p>"
+    return f"""<h2 id="{place}">{escape(kind)}</h2>
+<table><tr><th class="number">row</th><th class="id">product</th><th>text</th><th class="label">label</th>
+<th>problem</th><th class="photos">photos</th></tr>
+{lines}</table>
+{more if len(problems) > _SHOWN_ROWS else ""}"""
+
+
+def _line(problem: RowProblem, sample: Sample | None) -> str:
+    text, label, photos = (sample.text, sample.written_label, sample.photos) if sample else ("", "", ())
+    shown = text if len(text) <= _SHOWN_TEXT else text[:_SHOWN_TEXT] + " ..."
+    use = '<span class="used">used</span>' if problem.used else '<span class="out">left out</span>'
+    pictures = "".join(_thumbnail(photo) for photo in photos[:_SHOWN_PHOTOS])
+    return (f"<tr><td>{problem.row}\n{use}</td><td>{escape(problem.product_id)}</td><td>{escape(shown)}</td>"
+            f"<td>{escape(label)}</td><td>{escape(problem.detail)}</td><td class=\"photos\">{pictures}</td></tr>\n")
+
+
+def _thumbnail(path: str) -> str:
+    try:
+        photo = open_photo(path)
+    except PhotoError:
+        return f'<span class="out">{escape(path.rpartition("/")[2])}: broken</span>'
+    photo.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG", quality=80)
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'

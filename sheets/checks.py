@@ -1,0 +1,208 @@
+"""What may be wrong with rows that can be read: outliers, unit slips, answers in the text, repeats, leaks.
+
+Nothing here leaves a row out: each finding is a RowProblem of a row that is used. look_over is cheap enough for every
+start; look_at_photos opens the photos.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+
+from sheets.samples import CONTRADICTION, RowProblem, Sample, label_gap, most_different, rows_of_products
+from sizes.labels import UNIT, to_cm
+
+FEWEST = 20  # labelled rows it takes to say what is usual
+_FACTOR = 10.0  # a side so many times the usual one is an outlier
+_SPREAD = 4.0  # and so many standard deviations away from it
+_SLIPS = {"inch and cm": 2.54, "inch and mm": 25.4, "mm and cm": 10.0, "m and cm": 100.0, "ft and cm": 30.48}
+_WITHIN = 0.02  # sizes of text and label that differ by less are the same
+_SAME_LOOK = 4  # of 64 bits in which photos that look alike differ at most
+_TEXT_READ, _MOST_SIZES = 5_000, 60  # characters and sizes of a text that are looked at
+_AXIS_BEFORE = re.compile("(?:[长宽高深厚]|(?<![a-z])[lwhd]) ?:? ?(?=[0-9])")
+_TEXT_SIZE = re.compile(rf"(?<![0-9.,a-wyz])([0-9]++(?:\.[0-9]++)?+) ?({UNIT})?+(?: ?\([lwhd]\))?"
+                        r"(?P<more> ?[x×*] ?(?=[0-9]))?")
+
+
+def look_over(samples: Sequence[Sample]) -> list[RowProblem]:
+    """Find everything that may be wrong with rows that can be read, in the order of rows."""
+    findings = [*outliers(samples), *placeholders(samples), *against_text(samples), *written_differently(samples),
+                *repeats(samples), *shared_photos(samples)]
+    return sorted(findings, key=lambda finding: finding.row)
+
+
+def _finding(sample: Sample, problem: str) -> RowProblem:
+    return RowProblem(sample.row, sample.product_id, problem, used=True)
+
+
+def outliers(samples: Sequence[Sample]) -> list[RowProblem]:
+    """Find labels an order of magnitude off what is usual among their like, the worst first."""
+    found = []
+    for name, group in _alike([sample for sample in samples if sample.label]).items():
+        for rank in range(3):
+            sides = [(sorted(sample.label, reverse=True)[rank], sample) for sample in group if len(sample.label) > rank]
+            if len(sides) < FEWEST:
+                continue
+            usual = median(math.log(side) for side, _ in sides)
+            spread = 1.4826 * median(abs(math.log(side) - usual) for side, _ in sides)  # of a normal distribution
+            for side, sample in sides:
+                away = math.log(side) - usual
+                if abs(away) > max(math.log(_FACTOR), _SPREAD * spread):
+                    how = "times as long as" if away > 0 else "times shorter than"
+                    found.append((abs(away), sample, f"{side:g} cm is {math.exp(abs(away)):.0f} {how} the usual "
+                                                     f"{math.exp(usual):.3g} cm {name}"))
+    worst: dict[int, RowProblem] = {}
+    for _, sample, text in sorted(found, key=lambda finding: -finding[0]):
+        worst.setdefault(sample.row, _finding(sample, f"label outlier: {sample.written_label!r}: {text}"))
+    return list(worst.values())
+
+
+def _alike(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """Group samples by category, or by text where many rows share it; the rest is one group."""
+    texts = Counter(sample.text for sample in samples)
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        category = sample.category or (sample.text if texts[sample.text] >= FEWEST else "")
+        groups.setdefault(f"of {category[:40]}" if category else "of this sheet", []).append(sample)
+    small = [name for name, group in groups.items() if len(group) < FEWEST and name != "of this sheet"]
+    for name in small:
+        groups.setdefault("of this sheet", []).extend(groups.pop(name))
+    return groups
+
+
+def placeholders(samples: Sequence[Sample]) -> Iterator[RowProblem]:
+    """Find labels that look as if they were typed to fill the cell: three equal sides, or 1 2 3."""
+    labelled = sum(bool(sample.label) for sample in samples)
+    for sample in samples:
+        numbers = re.findall("[0-9.]+", sample.written_label)
+        if len(sample.label) == 3 and len(set(sample.label)) == 1:
+            few = f"; {labelled} labelled rows are too few to say what is usual" if labelled < FEWEST else ""
+            yield _finding(sample, f"label like a placeholder: {sample.written_label!r}: three equal sides{few}")
+        elif numbers[:3] in (["1", "2", "3"], ["3", "2", "1"]):
+            yield _finding(sample, f"label like a placeholder: {sample.written_label!r}")
+
+
+def against_text(samples: Sequence[Sample]) -> Iterator[RowProblem]:
+    """Find texts that name the label's sizes, and labels that are such sizes in another unit."""
+    sizes_of: dict[str, list[float]] = {}
+    for sample in samples:
+        if not sample.label:
+            continue
+        if sample.text not in sizes_of:
+            sizes_of[sample.text] = sizes_in_text(sample.text)
+        sizes = sizes_of[sample.text]
+        if len(sizes) < len(sample.label):
+            continue
+        if _all_among(sample.label, sizes):
+            yield _finding(sample, "answer in the text: it names all sides of the label")
+        elif len(set(sample.label)) > 1:
+            for name, factor in _SLIPS.items():
+                for times in (factor, 1 / factor):
+                    if _all_among([side * times for side in sample.label], sizes):
+                        yield _finding(sample, f"unit slip: {sample.written_label!r}: the text names these sides "
+                                               f"{max(times, 1 / times):g} times {'larger' if times > 1 else 'smaller'}"
+                                               f", as when {name} are confused")
+
+
+def _all_among(label: Sequence[float], sizes: Sequence[float]) -> bool:
+    return all(any(abs(side - size) <= _WITHIN * side for size in sizes) for side in label)
+
+
+def sizes_in_text(text: str) -> list[float]:
+    """List the sizes that a text names, in cm: numbers with a unit, and all of 12 x 8 x 15, the unit at its end."""
+    sizes, chain = [], []
+    for match in _TEXT_SIZE.finditer(_AXIS_BEFORE.sub("", text[:_TEXT_READ].lower())):
+        chain.append((float(match[1]), match[2]))
+        if match["more"]:
+            continue
+        shared = next((unit for _, unit in reversed(chain) if unit), "cm" if len(chain) > 1 else None)
+        sizes += [to_cm(number, unit or shared) for number, unit in chain if unit or shared]
+        chain = []
+        if len(sizes) > _MOST_SIZES:
+            break
+    return sizes
+
+
+def written_differently(samples: Sequence[Sample]) -> Iterator[RowProblem]:
+    """Find products whose labels are written differently but agree."""
+    for group in rows_of_products(samples):
+        one, other = most_different(group)
+        if other is not None and label_gap(one.label, other.label) <= CONTRADICTION:
+            for sample in group:
+                against = one if sample is not one else other
+                yield _finding(sample, f"label written differently: {sample.written_label!r} here, "
+                                       f"{against.written_label!r} in row {against.row} for the same product, which "
+                                       "agrees")
+
+
+def repeats(samples: Sequence[Sample]) -> Iterator[RowProblem]:
+    """Find rows that say what an earlier row says."""
+    seen: dict[tuple, int] = {}
+    for sample in samples:
+        content = (sample.text, sample.label, sample.photos, sample.product_id)
+        if content in seen:
+            yield _finding(sample, f"row repeated: the same as row {seen[content]}")
+        else:
+            seen[content] = sample.row
+
+
+def shared_photos(samples: Sequence[Sample]) -> Iterator[RowProblem]:
+    """Find photo files that an earlier row of another product has too."""
+    first: dict[str, Sample] = {}
+    for sample in samples:
+        for photo in sample.photos:
+            owner = first.setdefault(photo, sample)
+            if owner.product_id != sample.product_id:
+                yield _finding(sample, f"photo shared: {photo} belongs to row {owner.row} ({owner.product_id}) too")
+
+
+def look_at_photos(samples: Sequence[Sample], seen: Mapping[str, tuple[str, int | None, str]]) -> list[RowProblem]:
+    """Find photos that are broken, equal, or look alike. seen: path -> content key, look and fault of opened photos."""
+    found, owners, looks = [], {}, {}
+    for sample in samples:
+        mine: list[tuple[str, str, int | None]] = []
+        for path in sample.photos:
+            content, look, fault = seen.get(path, (path, None, ""))
+            if fault:
+                found.append(_finding(sample, f"photo broken: {path}: {fault}"))
+                continue
+            for other, its_content, its_look in mine:
+                if content == its_content:
+                    found.append(_finding(sample, f"photo twice: {path} equals {other}; it counts once"))
+                elif look is not None and its_look is not None and (look ^ its_look).bit_count() <= _SAME_LOOK:
+                    found.append(_finding(sample, f"photos look alike: {path} and {other}"))
+            mine.append((path, content, look))
+            owner, its_path = owners.setdefault(content, (sample, path))
+            alike, _ = looks.setdefault(look, (sample, path)) if look is not None else (sample, path)
+            if owner.product_id != sample.product_id and its_path != path:
+                found.append(_finding(sample, f"photo shared: {path} equals {its_path} of row {owner.row} "
+                                              f"({owner.product_id})"))
+            elif alike.product_id not in (sample.product_id, owner.product_id):
+                found.append(_finding(sample, f"photos look alike: {path} and that of row {alike.row} "
+                                              f"({alike.product_id})"))
+    return found
+
+
+def leaks(training: Sequence[Sample], held_out: Sequence[Sample], contents: Mapping[str, str] | None = None
+          ) -> Iterator[RowProblem]:
+    """Find held-out rows whose product or photo is trained on. contents: path -> content key, where known."""
+    contents = contents or {}
+    products = {sample.product_id: sample for sample in reversed(training)}
+    photos = {contents.get(photo, photo): sample for sample in reversed(training) for photo in sample.photos}
+    for sample in held_out:
+        if sample.product_id in products:
+            other = products[sample.product_id]
+            yield _finding(sample, f"held-out product trained on: {other.sheet} row {other.row} has it too")
+        for photo in sample.photos:
+            other = photos.get(contents.get(photo, photo))
+            if other and other.product_id != sample.product_id:
+                yield _finding(sample, f"held-out photo trained on: {other.sheet} row {other.row} has {photo} too")
+
+
+def count_kinds(problems: Sequence[RowProblem]) -> dict[str, int]:
+    """Count the rows of each kind of problem, the commonest first."""
+    rows: dict[str, set[int]] = {}
+    for problem in problems:
+        rows.setdefault(problem.kind, set()).add(problem.row)
+    return {kind: len(rows[kind]) for kind in sorted(rows, key=lambda kind: -len(rows[kind]))}

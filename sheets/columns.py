@@ -1,0 +1,125 @@
+"""Columns by name: a table's rows -> product rows with text, label, id, category and photo addresses."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+from config import SheetOptions
+from sheets.table import DataError, Row, has_formulas_without_value, read_table, say_once
+
+FIELDS = ("text", "label", "sku_id", "category")
+_PHOTO_COLUMN = re.compile(r"sku_img|spu_img_[0-9]+")
+_TITLE_ROWS = 10  # rows above the header, at most
+
+
+@dataclass(frozen=True, slots=True)
+class ProductRow:
+    """One row of a sheet, its columns found; "" where a cell is empty."""
+
+    number: int
+    text: str
+    label: str
+    sku_id: str
+    category: str
+    photos: tuple[tuple[str, str], ...]  # column and address or path of each photo that is named
+
+
+def read_sheet(path: str | Path, options: SheetOptions, required: Sequence[str]) -> Iterator[ProductRow]:
+    """Read the rows below the header; blank ones are passed over.
+
+    Raises DataError when the sheet can't be read or lacks a required column.
+    """
+    path = Path(path)
+    rows, _, header, columns = _find_header(path, options, required)
+    places = {field: [header.index(name) for name in names] for field, names in columns.items() if field != "photo"}
+    photo_places = [(name, header.index(name)) for name in columns["photo"]]
+    unfilled = False
+
+    def cell(cells: list[str], field: str) -> str:
+        return "\n".join(cells[place] for place in places[field] if cells[place])
+
+    for number, cells in rows:
+        cells += [""] * (len(header) - len(cells))
+        product = ProductRow(number, *(cell(cells, field) for field in FIELDS), tuple(
+            (name, address) for name, place in photo_places for address in _addresses(cells[place])))
+        unfilled = unfilled or not product.text or not product.label
+        yield product
+    if unfilled and path.suffix.lower() == ".xlsx" and has_formulas_without_value(path):
+        say_once("WARNING", f"{path}: it holds formulas whose values are not stored, and such cells read as empty: "
+                            "open it in a spreadsheet program and save it again")
+
+
+def header_number(path: str | Path, options: SheetOptions, required: Sequence[str]) -> int:
+    """Return the number of the row that names the columns."""
+    return _find_header(Path(path), options, required)[1]
+
+
+def _find_header(path: Path, options: SheetOptions, required: Sequence[str]
+                 ) -> tuple[Iterable[Row], int, list[str], dict[str, list[str]]]:
+    """Take the first of the upper rows that names every required column; title rows above it are passed over."""
+    rows = read_table(path, options)
+    upper = list(islice(rows, _TITLE_ROWS))
+    if not upper:
+        raise DataError(f"{path}: is empty. Its first row must name the columns: sku_id, text, label, "
+                        "sku_img, spu_img_1, ...")
+    mapping = read_mapping(options.column)
+    wanted = {name for field in required for name in mapping.get(field, [field])}
+    photos = {name for field, names in mapping.items() if field == "photo" or _PHOTO_COLUMN.fullmatch(field)
+              for name in names}
+    place = next((place for place, (_, cells) in enumerate(upper) if wanted <= set(cells) and (
+        required or photos & set(cells) or any(map(_PHOTO_COLUMN.fullmatch, cells)))), 0)
+    number, header = upper[place]
+    return chain(upper[place + 1:], rows), number, header, _find_columns(path, header, mapping, required)
+
+
+def read_mapping(pairs: Sequence[str]) -> dict[str, list[str]]:
+    """Read the FIELD=NAME pairs of --column; a field may come several times."""
+    mapping: dict[str, list[str]] = {}
+    for pair in pairs:
+        field, _, name = pair.partition("=")
+        mapping.setdefault(field.strip(), []).append(name.strip())
+    return mapping
+
+
+def _find_columns(path: Path, header: list[str], mapping: dict[str, list[str]], required: Sequence[str]
+                  ) -> dict[str, list[str]]:
+    """Return the names of the columns that each field is read from; `photo` stands for all photo columns."""
+    photos = {name: mapping.get(name, [name])[0] for name in (*filter(_PHOTO_COLUMN.fullmatch, header), *mapping)
+              if _PHOTO_COLUMN.fullmatch(name)}
+    order = sorted(photos, key=lambda name: (name != "sku_img", int(name.rpartition("_")[2]) if name[-1].isdigit()
+                                             else 0))
+    columns = {field: mapping.get(field, [field] if field in header else []) for field in FIELDS}
+    columns["photo"] = list(dict.fromkeys([*(photos[name] for name in order), *mapping.get("photo", [])]))
+    for field in required:
+        columns[field] = columns[field] or [field]
+    named = [name for name in header if name]
+    used = [name for names in columns.values() for name in names]
+    others = [name for name in named if name not in used]
+    for name in used:
+        if named.count(name) > 1:
+            raise DataError(f"{path}: the column {name!r} comes {named.count(name)} times. Keep one of them")
+        if name not in named:
+            field = next(field for field, names in columns.items() if name in names)
+            nearest = difflib.get_close_matches(name, others, n=1, cutoff=0.5)
+            way_out = f"Is {nearest[0]!r} meant? Rename it to {name!r}" if nearest else f"Add {name!r}"
+            raise DataError(f"{path}: no column {name!r}. Its columns are: {', '.join(named) or 'none'}. {way_out}, or "
+                            f"say which column it is: --column {field}=NAME")
+    for name in others:
+        if difflib.get_close_matches(name, ("sku_img", "spu_img_1"), n=1, cutoff=0.8):
+            say_once("WARNING", f"{path}: the column {name!r} is not read; photo columns are sku_img, spu_img_1, "
+                                f"spu_img_2, ..., or name it: --column photo={name}")
+    return columns
+
+
+def _addresses(cell: str) -> list[str]:
+    """Read a photo cell: one address, or a JSON list of several."""
+    if cell.startswith("["):
+        try:
+            return [str(address).strip() for address in json.loads(cell) if address]
+        except (ValueError, RecursionError):
+            pass
+    return [cell] if cell else []

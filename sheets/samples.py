@@ -1,0 +1,350 @@
+"""Rows -> samples: every row of a sheet that can't be trained on is named; the split; the order of products.
+
+Photos are local files or lie in a cache folder (see `cached_photo_path`); they are decoded when asked for.
+"""
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import get_args
+
+from loguru import logger
+from PIL import Image
+
+from config import MissingPhotos, SheetOptions
+from sheets.columns import ProductRow, read_sheet
+from sheets.photos import PhotoError, open_photos
+from sheets.table import DataError
+from sizes.labels import LabelError, parse_label
+
+CONTRADICTION = 0.05  # labels of one product that differ by more on a side can't both be true
+_LARGEST_SIZE, _SMALLEST_SIZE = 10_000.0, 0.01  # cm; beyond 100 m or below 0.1 mm a label is wrong
+_PHOTO_EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".mpo"}
+_PLACEHOLDER = (224, 224)
+_FAULTS = {"ambiguous": "label ambiguous", "not positive": "label not positive", "missing": "label missing",
+           "no size": "label without a size"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One usable row of a sheet."""
+
+    row: int  # as a person sees it in the sheet: the header is row 1, the first product row 2
+    product_id: str  # sku_id, or a hash of text and photo addresses where there is none
+    text: str
+    label: tuple[float, ...]  # 1 to 3 sizes in cm, or empty when the row has no label and needs none
+    photos: tuple[str, ...]  # files that existed when the sheet was read, or will be placeholders
+    sheet: str  # file name and, where one was named, worksheet; with the row it tells samples apart
+    missing_photos: MissingPhotos = "drop_row"  # what to do when one of them turns out to be broken
+    written_label: str = ""  # as it stands in the sheet
+    category: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RowProblem:
+    """Something wrong with one row. The kind of problem is what stands before the first colon of `problem`."""
+
+    row: int
+    product_id: str
+    problem: str
+    used: bool  # True when the row is used all the same, for example with four of its five photos
+
+    @property
+    def kind(self) -> str:
+        """What kind of problem it is, as in "photo missing"."""
+        return self.problem.partition(":")[0]
+
+    @property
+    def detail(self) -> str:
+        """What stands behind the kind, or the kind where nothing does."""
+        return self.problem.partition(": ")[2] or self.problem
+
+
+def cached_photo_path(address: str, cache_dir: str | Path) -> Path:
+    """Name the cache file of a photo address: md5 of the whole address, then its extension.
+
+    The extension is that of a photo format before any ? or #, else ".jpg". The file need not exist.
+    """
+    return Path(cache_dir) / _cached_name(address)
+
+
+def _cached_name(address: str) -> str:
+    # Strings, here and below: a sheet may name a million photos.
+    name = address.partition("?")[0].partition("#")[0].rpartition("/")[2]
+    _, dot, extension = name.rpartition(".")
+    extension = "." + extension if dot and "." + extension.lower() in _PHOTO_EXTENSIONS else ".jpg"
+    return hashlib.md5(address.encode("utf-8", "surrogatepass"), usedforsecurity=False).hexdigest() + extension
+
+
+def find_cached_photo(address: str, cache_dir: str | Path) -> str | None:
+    """Find an address's file in the cache, under its name or one that follows the extension to the letter."""
+    path = f"{cache_dir}/{_cached_name(address)}"
+    if os.path.isfile(path):  # Path.is_file raises on an address too long for a file
+        return path
+    stem, extension = os.path.splitext(path)
+    if "?" in address or not address.endswith(extension):
+        for whole in (address.partition("?")[0], address):
+            older = stem + os.path.splitext(whole)[1]
+            if older != path and os.path.isfile(older):
+                return older
+    return None
+
+
+def load_photos(sample: Sample) -> list[Image.Image]:
+    """Decode a sample's photos: RGB, turned upright as EXIF says, transparency over white; equal files count once.
+
+    A photo that can't be used is named in the log and left out, where sample.missing_photos allows it; otherwise
+    PhotoError names sheet, row and file.
+    """
+    rule, photos = sample.missing_photos, []
+    for path, photo in open_photos(sample.photos):
+        if isinstance(photo, Image.Image):
+            photos.append(photo)
+            continue
+        message = (f"{sample.sheet} row {sample.row} ({sample.product_id}): photo {path} can't be used: {photo}. "
+                   "Replace or delete the file")
+        if rule == "drop_row" or rule == "use_rest" and len(sample.photos) == 1:
+            raise PhotoError(message)
+        if os.path.isfile(path):  # that another one is missing was said when the sheet was read
+            _warn_once(message)
+        if rule == "placeholder":
+            photos.append(Image.new("RGB", _PLACEHOLDER, (128, 128, 128)))
+    if sample.photos and not photos and rule == "use_rest":
+        raise PhotoError(f"{sample.sheet} row {sample.row} ({sample.product_id}): none of its {len(sample.photos)} "
+                         "photos can be used, see above")
+    return photos
+
+
+@lru_cache(maxsize=10_000)
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def load_samples(data_path: str | Path, image_cache_dir: str | Path, missing_photos: MissingPhotos = "use_rest",
+                 require_label: bool = True, reading: SheetOptions | None = None
+                 ) -> tuple[list[Sample], list[RowProblem]]:
+    """Read a sheet into samples, in its order, and the problems of its rows.
+
+    missing_photos: "use_rest" uses the photos that are there and leaves a row out when none is; "drop_row" leaves it
+    out when any is missing; "text_only" uses it even without any; "placeholder" puts grey pictures in their place.
+    A row that names no photo is always used.
+    require_label: leave rows without a trustworthy label out; otherwise they get the label ().
+    Raises DataError when the sheet itself can't be read or lacks a required column.
+    """
+    samples, problems = read_rows(data_path, image_cache_dir, missing_photos, require_label, reading)
+    doubts = doubtful_labels(samples)
+    if not doubts:
+        return samples, problems
+    if require_label:  # what is said of a row that is now left out must not call it used
+        problems = [replace(problem, used=problem.used and problem.row not in doubts) for problem in problems]
+    problems += [RowProblem(sample.row, sample.product_id, doubts[sample.row], not require_label)
+                 for sample in samples if sample.row in doubts]
+    samples = [sample if sample.row not in doubts else replace(sample, label=()) for sample in samples
+               if sample.row not in doubts or not require_label]
+    return samples, sorted(problems, key=lambda problem: problem.row)
+
+
+def read_rows(data_path: str | Path, image_cache_dir: str | Path, missing_photos: MissingPhotos, require_label: bool,
+              reading: SheetOptions | None = None) -> tuple[list[Sample], list[RowProblem]]:
+    """Do what load_samples does, but take each label that can be read, likely or not."""
+    if missing_photos not in get_args(MissingPhotos):
+        raise ValueError(f"missing_photos is {missing_photos!r}; choose {', '.join(get_args(MissingPhotos))}")
+    path, sheet_dir, cache_dir = Path(data_path), str(Path(data_path).parent), str(image_cache_dir)
+    reading = reading or SheetOptions()
+    sheet = f"{path.name} [{reading.sheet_name}]" if reading.sheet_name else path.name
+    samples, problems = [], []
+    for row in read_sheet(path, reading, ("text", "label") if require_label else ("text",)):
+        product_id = row.sku_id or _identity(row)
+        label, label_problems = _read_label(row.label, require_label)
+        photos, photo_problems = _find_photos(row, sheet_dir, cache_dir, missing_photos)
+        text_problems = [] if row.text else ["text missing"]
+
+        used = not text_problems and not (require_label and label_problems)
+        if photo_problems:
+            used = used and (missing_photos in ("text_only", "placeholder")
+                             or (missing_photos == "use_rest" and bool(photos)))
+        problems += [RowProblem(row.number, product_id, problem, used)
+                     for problem in text_problems + label_problems + photo_problems]
+        if used:
+            samples.append(Sample(row.number, product_id, row.text, label, photos, sheet, missing_photos,
+                                  row.label, row.category))
+    return samples, problems
+
+
+def _identity(row: ProductRow) -> str:
+    addresses = [address for _, address in row.photos]
+    identity = json.dumps([row.text, *addresses, *[""] * (5 - len(addresses))])  # as when there were five columns
+    return hashlib.sha256(identity.encode("utf-8")).hexdigest()[:16]
+
+
+def _read_label(text: str, required: bool) -> tuple[tuple[float, ...], list[str]]:
+    if not text:
+        return (), ["label missing"] if required else []
+    try:
+        return parse_label(text), []
+    except LabelError as error:
+        if error.verdict == "missing" and not required:
+            return (), []
+        return (), [f"{_FAULTS[error.verdict]}: {str(error).removeprefix('label ')}"]
+
+
+def _find_photos(row: ProductRow, sheet_dir: str, cache_dir: str, missing_photos: MissingPhotos
+                 ) -> tuple[tuple[str, ...], list[str]]:
+    photos: dict[str, None] = {}  # in order, each once
+    problems = []
+    for column, address in row.photos:
+        local = None if "://" in address else os.path.join(sheet_dir, address)
+        found = local if local and os.path.isfile(local) else find_cached_photo(address, cache_dir)
+        if found is None:
+            expected = f"{cache_dir}/{_cached_name(address)}"
+            problems.append(f"photo missing: {column} {address} (expected as {expected})")
+            if missing_photos == "placeholder":
+                photos[expected] = None
+        else:
+            photos[found] = None
+    return tuple(photos), problems
+
+
+def doubtful_labels(samples: Sequence[Sample]) -> dict[int, str]:
+    """Say of each row whose label nobody can trust why: no product is so large or small, or labels of one product
+    contradict each other."""
+    doubts = {}
+    for sample in samples:
+        for size in sample.label:
+            if not _SMALLEST_SIZE <= size <= _LARGEST_SIZE:
+                doubts[sample.row] = f"label impossible: {sample.written_label!r}: no product has a side of {size:g} cm"
+    for group in rows_of_products(samples):
+        one, other = most_different(group)
+        if other is not None and label_gap(one.label, other.label) > CONTRADICTION:
+            for sample in group:
+                against = one if sample is not one else other
+                doubts[sample.row] = (f"labels contradict: {sample.written_label!r} here, {against.written_label!r} in "
+                                      f"row {against.row} for the same product")
+    return doubts
+
+
+def rows_of_products(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Group the labelled samples of products that have several."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        if sample.label:
+            groups.setdefault(sample.product_id, []).append(sample)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def most_different(group: Sequence[Sample]) -> tuple[Sample, Sample | None]:
+    """Return the first sample of a product and the one whose label differs most from it; None when none is written
+    differently."""
+    others = [sample for sample in group if sample.written_label != group[0].written_label]
+    return group[0], max(others, key=lambda other: label_gap(group[0].label, other.label), default=None)
+
+
+def label_gap(one: Sequence[float], other: Sequence[float]) -> float:
+    """Say by what share of the larger one two labels differ on a side, sorted; infinite when one has more sides."""
+    if len(one) != len(other):
+        return float("inf")
+    return max(abs(a - b) / max(a, b) for a, b in zip(sorted(one), sorted(other), strict=True))
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
+
+
+def summarise_problems(problems: Sequence[RowProblem], limit: int = 20) -> str:
+    """Write one line for each of the first `limit` problems, the number of the others, and how many rows they cost."""
+    lines = [f"row {problem.row} ({problem.product_id}): {problem.problem}: {'used' if problem.used else 'left out'}"
+             for problem in problems[:limit]]
+    if len(problems) > limit:
+        lines.append(f"... and {len(problems) - limit} more")
+    used = {problem.row for problem in problems if problem.used}
+    left_out = {problem.row for problem in problems if not problem.used}
+    lines.append(f"{_rows(len(used | left_out))} with problems: {len(left_out)} left out, {len(used)} used")
+    return "\n".join(lines)
+
+
+def require_usable(samples: Sequence[Sample], problems: Sequence[RowProblem], data_path: str | Path,
+                   image_cache_dir: str | Path) -> None:
+    """Raise DataError when a sheet gave no sample: how many rows it has, what is wrong with them, and the way out."""
+    if samples:
+        return
+    if not problems:
+        raise DataError(f"{data_path}: has no rows below its header. Add one row for each product")
+    kinds: dict[int, set[str]] = {}
+    for problem in problems:
+        kinds.setdefault(problem.row, set()).add(problem.kind)
+    names = sorted({kind for of_row in kinds.values() for kind in of_row})
+    counts = ", ".join(f"{name} ({_rows(sum(name in of_row for of_row in kinds.values()))})" for name in names)
+    message = [f"{data_path}: no row can be used, of {len(kinds)}: {counts}.",
+               f"The first: row {problems[0].row} ({problems[0].product_id}): {problems[0].problem}."]
+    if any(of_row == {"photo missing"} for of_row in kinds.values()):
+        message.append(f"Photos were looked for in {image_cache_dir} under md5(address) + extension. Put them there, "
+                       f"or give their folder with --image_cache_dir, or use such rows without photos: "
+                       f"--missing_photos text_only.")
+    if any(of_row - {"photo missing"} for of_row in kinds.values()):
+        message.append("Fill in the text and label of the rows in the sheet.")
+    raise DataError(" ".join(message))
+
+
+def count_photos(samples: Sequence[Sample], problems: Sequence[RowProblem]) -> str:
+    """Say how many photos samples have, and how many of them are placeholders."""
+    count = f"{sum(len(sample.photos) for sample in samples)} photos"
+    rows = {sample.row for sample in samples if sample.missing_photos == "placeholder"}
+    stand_ins = sum(problem.kind == "photo missing" and problem.row in rows for problem in problems)
+    return f"{count}, {stand_ins} of them placeholders" if stand_ins else count
+
+
+def obey_bad_rows(problems: Sequence[RowProblem], data_path: str | Path, on_bad_row: str) -> None:
+    """Raise DataError when rows are left out and that is to stop the run (--on_bad_row stop)."""
+    bad = [problem for problem in problems if not problem.used]
+    if on_bad_row == "stop" and bad:
+        raise DataError(f"{data_path}: {_rows(len({problem.row for problem in bad}))} can't be trained on, and "
+                        f"--on_bad_row is stop. The first: row {bad[0].row} ({bad[0].product_id}): {bad[0].problem}. "
+                        "Mend them (python check_data.py lists all), or leave them out with --on_bad_row skip")
+
+
+def split_held_out(samples: Sequence[Sample], fraction: float) -> tuple[list[Sample], list[Sample]]:
+    """Split samples by product into (train, held out), each in the given order.
+
+    fraction: expected share of the products held out, 0 to 1. A hash of its id alone decides a product's side, so
+    neither reordering nor adding rows moves a product, and all rows of one product are on one side.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"the fraction of held-out products is {fraction}; it must be from 0 to 1")
+    train: list[Sample] = []
+    held_out: list[Sample] = []
+    for sample in samples:
+        (held_out if _unit_hash(sample.product_id) < fraction else train).append(sample)
+    return train, held_out
+
+
+def _unit_hash(text: str) -> float:
+    """Hash a text to a number in [0, 1). 53 bits, since more would round up to 1."""
+    return (int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") >> 11) / 2**53
+
+
+def products_of_step(samples_count: int, batch_size: int, step: int, seed: int, rank: int = 0,
+                     world_size: int = 1) -> list[int]:
+    """List the indices of the `batch_size` products that one rank rolls out in one step, the first step being 0.
+
+    A pure function, so a resumed run goes on where it stopped. The products stand in one endless line, pass after
+    pass over the sheet, each pass in a seeded order of its own. A step takes the next batch_size * world_size of the
+    line, and rank r takes every world_size-th of those from the r-th on. Over a pass each product comes exactly once;
+    one batch holds a product twice only where it runs on into another pass.
+    """
+    if samples_count < 1:
+        raise ValueError("there are no products to take a batch from")
+    first = step * batch_size * world_size + rank
+    orders: dict[int, list[int]] = {}
+    indices = []
+    for position in range(first, first + batch_size * world_size, world_size):
+        number, place = divmod(position, samples_count)
+        if number not in orders:
+            orders[number] = list(range(samples_count))
+            random.Random(f"{seed}/{number}").shuffle(orders[number])
+        indices.append(orders[number][place])
+    return indices

@@ -1,0 +1,83 @@
+"""One of two processes: sharded policies against whole ones, on the same products. Run by test_sharding.py."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "models")]
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+torch.set_num_threads(1)
+
+import demo  # noqa: E402
+from conftest import parts_of  # noqa: E402
+from models.policy import Policy  # noqa: E402
+from models.sharding import gathered, shard  # noqa: E402
+from models.trainable import set_trainable  # noqa: E402
+from test_lora import adapted  # noqa: E402
+from test_policy import sample, three_prompts  # noqa: E402
+
+CASES = (("dense", "language", False), ("hybrid", "adapter", False), ("v47", "language", True),
+         ("qwen2_5_vl", "language and vision", True))
+
+
+def make(kind, trains, checkpointing):
+    """The same policy in every process."""
+    from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
+
+    processor = MiniCPMV4_6ImageProcessorPil(max_slice_nums=4, scale_resolution=64, patch_size=16,
+                                             downsample_mode="4x", use_image_id=True)
+    policy = Policy(*parts_of(kind, demo.make_tokenizer(seed=0), processor), gradient_checkpointing=checkpointing)
+    if trains == "adapter":
+        adapted(policy)
+    set_trainable(policy, trains == "language and vision")
+    return policy
+
+
+def scored(policy, prompts, generation):
+    """Log-probs, and the gradients of their mean over all processes, whole."""
+    log_probs, _ = policy.log_probs(prompts, generation.completions, generation.action_mask, 0.7)
+    log_probs.sum().backward()
+    gradients = {}
+    for name, parameter in policy.model.named_parameters():
+        if parameter.grad is not None:
+            grad = parameter.grad
+            gradients[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    return log_probs.detach(), gradients
+
+
+def compare(kind, trains, checkpointing):
+    """Sample, score, differentiate; an assertion that fails ends the process with its traceback."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    whole, split = (make(kind, trains, checkpointing) for _ in range(2))
+    everything = sum(parameter.numel() for parameter in split.model.parameters())
+    shard(split)
+    held = sum(parameter.to_local().numel() for parameter in split.model.parameters())
+    assert held < 0.6 * everything, (held, everything)
+
+    prompts = three_prompts(whole)[rank:2]  # the second process has fewer products, and shorter answers
+    wanted = sample(whole, prompts, columns=12 - 4 * rank, seed=f"rank {rank}")
+    with gathered(split):
+        found = sample(split, prompts, columns=12 - 4 * rank, seed=f"rank {rank}")
+    assert torch.equal(found.completions, wanted.completions)
+
+    log_probs, gradients = scored(split, prompts, wanted)
+    alone, own = scored(whole, prompts, wanted)
+    assert (log_probs - alone).abs().max() < 1e-5
+    assert gradients.keys() == own.keys()
+    for name, grad in own.items():
+        dist.all_reduce(grad)
+        grad /= world
+        assert (gradients[name] - grad).abs().max() <= 1e-5 * max(1.0, float(grad.abs().max())), name
+    print(f"{kind}, {trains}: equal", flush=True)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    for case in CASES:
+        compare(*case)
+    dist.destroy_process_group()

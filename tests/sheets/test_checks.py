@@ -1,0 +1,243 @@
+"""What is odd in rows that can be read, against cases worked by hand; the check of a sheet as a command."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from openpyxl import load_workbook
+from PIL import Image
+
+from sheets.checks import leaks, look_at_photos, look_over, outliers, sizes_in_text
+from sheets.photos import examine_photos, look_of
+from sheets.samples import Sample, doubtful_labels, label_gap, load_samples, obey_bad_rows
+from sheets.table import DataError, write_table
+from sizes.labels import parse_label
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT / "../shared/data"
+
+
+def rows_of(*cells, **common):
+    """Samples from (text, label) or (text, label, product) in rows 2, 3, ..."""
+    samples = []
+    for row, (text, label, *product) in enumerate(cells, start=2):
+        samples.append(Sample(row, product[0] if product else f"P{row}", text, parse_label(label) if label else (),
+                              common.get("photos", ()), "s.xlsx", "text_only", label, common.get("category", "")))
+    return samples
+
+
+def said(problems, kind):
+    return {problem.row: problem.detail for problem in problems if problem.kind == kind}
+
+
+# Labels against each other
+
+def test_label_gap_is_the_share_of_the_larger_side():
+    assert label_gap((10, 20, 30), (30, 19, 10)) == pytest.approx(1 / 20)
+    assert label_gap((10, 20), (10, 20, 30)) == float("inf") and label_gap((1,), (1,)) == 0
+
+
+def test_contradicting_labels_are_left_out_and_agreeing_ones_named(tmp_path):
+    cells = [("mug", "10 10 10", "A"), ("mug", "10 10 9.4 cm", "A"), ("jug", "20 10 10", "B"),
+             ("jug", "[10, 10, 20.9, cm]", "B"), ("pot", "100 x 100 mm", "C"), ("pot", "10 x 10 cm", "C"),
+             ("cup", "5 5 5", "D")]
+    samples = rows_of(*cells)
+    doubts = doubtful_labels(samples)  # 6 % apart contradicts; 4.3 % does not
+    assert set(doubts) == {2, 3} and "'10 10 9.4 cm' in row 3" in doubts[2] and "in row 2" in doubts[3]
+    different = said(look_over(samples), "label written differently")
+    assert set(different) == {4, 5, 6, 7}
+    write_table(tmp_path / "data.xlsx", [["text", "label", "sku_id"], *map(list, cells)])
+    usable, problems = load_samples(tmp_path / "data.xlsx", tmp_path)
+    assert [sample.row for sample in usable] == [4, 5, 6, 7, 8]
+    assert [(problem.row, problem.kind, problem.used) for problem in problems] == [
+        (2, "labels contradict", False), (3, "labels contradict", False)]
+    everything, problems = load_samples(tmp_path / "data.xlsx", tmp_path, require_label=False)
+    assert [sample.label for sample in everything[:3]] == [(), (), (20, 10, 10)] and problems[0].used
+
+
+@pytest.mark.parametrize(("label", "kept"), [("10001 5 5", False), ("9999 5 5", True), ("0.009 5 5", False),
+                                             ("0.1mm x 5cm", True)])
+def test_impossible_labels_are_left_out(label, kept, tmp_path):
+    write_table(tmp_path / "data.xlsx", [["text", "label"], ["mug", label]])
+    usable, problems = load_samples(tmp_path / "data.xlsx", tmp_path)
+    assert bool(usable) == kept and [problem.kind for problem in problems] == ["label impossible"] * (not kept)
+
+
+def test_bad_rows_stop_the_run_when_told_to(tmp_path):
+    write_table(tmp_path / "data.xlsx", [["text", "label"], ["mug", "1 2 3"], ["jug", "10/12 cm"]])
+    _, problems = load_samples(tmp_path / "data.xlsx", tmp_path)
+    obey_bad_rows(problems, "data.xlsx", "skip")
+    with pytest.raises(DataError, match=r"data.xlsx: 1 row can't be trained on.*row 3 .*label ambiguous: '10/12 cm'"):
+        obey_bad_rows(problems, "data.xlsx", "stop")
+
+
+# Outliers and unit slips
+
+def test_outliers_are_named_within_their_like_worst_first():
+    sofas = [("SOFA", f"{180 + index} x 90 x 80 cm") for index in range(25)]
+    rings = [("RING", f"{20 + index / 10} x 20 x 3 mm") for index in range(25)]
+    samples = rows_of(*sofas, *rings, ("SOFA", "2000 x 900 x 800 cm"), ("RING", "200 x 200 x 90 cm"),
+                      ("SOFA", "190 x 90 x 9 cm"))
+    found = outliers(samples)
+    assert [problem.row for problem in found] == [53, 52]
+    assert "90 cm is 300 times as long as the usual 0.3 cm of RING" in found[0].problem
+    assert "900 cm is 10 times as long" in found[1].problem or "2000 cm is 10 times as long" in found[1].problem
+    assert outliers(samples[:10]) == []  # too few to say
+
+
+def test_rows_without_a_category_are_compared_with_the_sheet():
+    samples = rows_of(*((f"box {index}", f"{10 + index} 10 10") for index in range(30)), ("box x", "27400 10 10"))
+    [found] = outliers(samples)
+    assert found.row == 32 and "of this sheet" in found.problem
+    by_category = rows_of(*((f"box {index}", f"{10 + index} 10 10") for index in range(30)), category="boxes")
+    assert outliers(by_category) == []
+
+
+@pytest.mark.parametrize(("text", "sizes"), [
+    ("mug 12 x 8 x 15", [12, 8, 15]), ("mug 12x8x15 inch, 2 kg", [30.48, 20.32, 38.1]), ("mug 12cm, 350 ml", [12]),
+    ("长61*宽43*高20厘米", [61, 43, 20]), ("L12 x W8 x H15 cm", [12, 8, 15]), ("120mm*0.8m", [12, 80]),
+    ("365 capsules for 3 months, 1.5 m long", [150]), ("model X200 v2.5", []), ("12 x", []), ("9 " * 5000, []),
+    ("1x" * 5000, []),
+])
+def test_sizes_in_a_text(text, sizes):
+    assert sizes_in_text(text)[:3] == pytest.approx(sizes) or text == "1x" * 5000
+
+
+@pytest.mark.parametrize(("text", "label", "kind"), [
+    ("mug 12 x 8 x 15 cm", "15 12 8", "answer in the text"),
+    ("mug 12 x 8 x 15 inch", "12 8 15", "unit slip"),
+    ("mug 12 x 8 x 15 cm", "12 8 15 inch", "unit slip"),
+    ("mug 120 x 80 x 150 mm", "120 80 150", "unit slip"),
+    ("mug 12 x 8 x 15 mm", "[12, 8, 15, inch]", "unit slip"),  # 25.4 times
+    ("mug 12 x 8 x 15 cm", "13 8 15", None),
+    ("a mug of 350 ml", "12 8 15", None),
+    ("pole 10 cm", "100 100", None),  # equal sides could match by chance
+])
+def test_labels_against_the_text(text, label, kind):
+    kinds = {problem.kind for problem in look_over(rows_of((text, label)))}
+    assert kinds == ({kind} if kind else set())
+
+
+def test_fillers_repeats_and_few_rows():
+    samples = rows_of(("bulb", "[9.0, 9.0, 9.0, inch]"), ("mug", "1 2 3", "A"), ("mug", "1 2 3", "A"), ("cup", ""))
+    found = look_over(samples)
+    fillers = said(found, "label like a placeholder")
+    assert set(fillers) == {2, 3, 4} and "3 labelled rows are too few to say what is usual" in fillers[2]
+    assert said(found, "row repeated") == {4: "the same as row 3"}
+
+
+# Photos
+
+def photo(path, seed, size=(90, 80), **how):
+    import random
+
+    blocks = Image.frombytes("RGB", (9, 8), random.Random(seed).randbytes(9 * 8 * 3))
+    blocks.resize((90, 80), Image.Resampling.NEAREST).resize(size).save(path, **how)
+    return str(path)
+
+
+def test_photos_twice_shared_alike_and_broken(tmp_path):
+    a, b, alone = (photo(tmp_path / f"{name}.png", name) for name in "ab!")
+    again, small = photo(tmp_path / "again.png", "a"), photo(tmp_path / "small.png", "a", (45, 40))
+    (tmp_path / "broken.png").write_bytes(b"<html>")
+    plain = [str(tmp_path / f"plain{index}.png") for index in range(2)]
+    for path, size in zip(plain, (8, 9), strict=True):
+        Image.new("RGB", (size, 8), "red").save(path)
+    photos = [(a, again), (a, small), (b, str(tmp_path / "broken.png")), (again,), (small, alone), (plain[0],),
+              (plain[1],)]
+    samples = [Sample(row, f"P{row}", "mug", (1.0,), mine, "s.xlsx") for row, mine in enumerate(photos, start=2)]
+    seen = {path: rest for path, *rest in examine_photos({path: 0 for mine in photos for path in mine})}
+    found = look_at_photos(samples, seen) + look_over(samples)
+    assert set(said(found, "photo twice")) == {2} and set(said(found, "photo broken")) == {4}
+    assert "it is a web page" in said(found, "photo broken")[4]
+    assert set(said(found, "photo shared")) == {3, 5, 6}
+    assert set(said(found, "photos look alike")) == {3, 6}
+    assert look_of(Image.new("RGB", (50, 50), "red")) is None
+
+
+def test_leaks_by_product_and_photo(tmp_path):
+    a, again, b = photo(tmp_path / "a.png", 1), photo(tmp_path / "again.png", 1), photo(tmp_path / "b.png", 2)
+    training = [Sample(2, "A", "mug", (1.0,), (a,), "train.xlsx"), Sample(3, "B", "jug", (1.0,), (b,), "train.xlsx")]
+    held_out = [Sample(2, "A", "mug", (1.0,), (a,), "test.xlsx"), Sample(3, "C", "cup", (1.0,), (again,), "test.xlsx"),
+                Sample(4, "D", "pot", (1.0,), (b,), "test.xlsx")]
+    assert [(problem.row, problem.kind) for problem in leaks(training, held_out)] == [
+        (2, "held-out product trained on"), (4, "held-out photo trained on")]
+    contents = {path: content for path, content, _, _ in examine_photos([a, again, b])}
+    assert [problem.row for problem in leaks(training, held_out, contents)] == [2, 3, 4]
+
+
+# The command
+
+HOSTILE = "<script>document.body.innerHTML='taken over'</script>"
+
+
+def sheet(tmp_path, *extra):
+    for name in ("a.png", "b.png"):
+        photo(tmp_path / name, name)
+    rows = [["标题", "label", "sku_id", "sku_img"], ["=1+1", "12 8 15", "001", "a.png"],
+            [f"{HOSTILE} mug", "10/12 cm", "<b>2</b>", "b.png"], ["jug", "5 x 6 x 7 inch", "003", "https://x.invalid/c.jpg"],
+            *extra]
+    write_table(tmp_path / "data.xlsx", rows)
+
+
+def check(tmp_path, *argv):
+    return subprocess.run([sys.executable, str(ROOT / "check_data.py"), "--data_path", "data.xlsx", "--column",
+                           "text=标题", *argv], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_writes_page_and_sheet_in_which_everything_is_text(tmp_path):
+    sheet(tmp_path)
+    done = check(tmp_path, "--eval_fraction", "0")
+    assert done.returncode == 0, done.stderr
+    assert "label ambiguous (1 of the rows)\n    row 3 (<b>2</b>): '10/12 cm'" in done.stdout
+    assert "training would start: 1 rows to train on, 0 held out" in done.stdout
+    page = (tmp_path / "data.check.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "&lt;script&gt;document.body" in page and "<b>2" not in page
+    assert page.count("data:image/jpeg;base64,") == 1 and "default-src 'none'" in page
+    assert "http-equiv" in page and page.count("http") == page.count("http-equiv") + page.count("https://x.invalid")
+    table = load_workbook(tmp_path / "data.check.xlsx").active
+    rows = list(table.values)
+    assert rows[0] == ("标题", "label", "sku_id", "sku_img", "row", "problem")
+    assert rows[1][4:] == ("2", None) and rows[1][2] == "001"
+    assert table["A2"].value == "=1+1" and table["A2"].data_type == "s"
+    assert rows[2][5].startswith("label ambiguous: '10/12 cm'") and rows[2][5].endswith("(left out)")
+    assert rows[3][5].startswith("photo missing: sku_img https://x.invalid/c.jpg")
+
+
+@pytest.mark.parametrize(("argv", "status", "text"), [
+    (["--on_bad_row", "stop"], 1, "training would not start: data.xlsx: 2 rows can't be trained on"),
+    (["--missing_photos", "placeholder", "--eval_fraction", "0"], 0, "training would start: 2 rows"),
+    (["--max_prompt_length", "20"], 0, "text too long (3 of the rows)"),
+    (["--sheet_name", "May"], 2, "no worksheet 'May'"),
+    (["--column", "label=size"], 2, "no column 'size'"),
+])
+def test_the_exit_status_says_whether_training_would_start(argv, status, text, tmp_path):
+    sheet(tmp_path)
+    done = check(tmp_path, *argv)
+    assert done.returncode == status and text in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_sheet_without_a_usable_row_and_a_leaking_one(tmp_path):
+    sheet(tmp_path)
+    write_table(tmp_path / "test.xlsx", [["标题", "label", "sku_id", "sku_img"], ["mug", "12 8 15", "9", "a.png"]])
+    done = check(tmp_path, "--eval_path", "test.xlsx")
+    assert done.returncode == 0 and "held-out photo trained on (1 of the rows)" in done.stdout
+    assert (tmp_path / "data.check.held_out.html").is_file()
+    write_table(tmp_path / "data.xlsx", [["标题", "label"], ["mug", "4-seat"]])
+    done = check(tmp_path)
+    assert done.returncode == 1 and "no row can be used, of 1: label without a size (1 row)" in done.stdout
+
+
+# Rows that nobody here made
+
+@pytest.mark.skipif(not (SHARED / "dextract").is_dir(), reason="shared/data/dextract is not beside this repository")
+def test_the_contradictions_and_outliers_of_d_extract():
+    from sheets.samples import read_rows
+
+    rows, _ = read_rows(SHARED / "dextract/products_urls_only.xlsx", "nowhere", "text_only", False)
+    doubts = doubtful_labels(rows)
+    apart = {sample.product_id for sample in rows if "contradict" in doubts.get(sample.row, "")}
+    alike = {problem.product_id for problem in look_over(rows) if problem.kind == "label written differently"}
+    assert (len(rows), len(apart), len(apart | alike)) == (5439, 50, 56)
+    assert "27400" in outliers(rows)[0].problem

@@ -1,0 +1,126 @@
+"""What a run leaves behind: described curves, candidate tables, run.json, the best checkpoint, early stopping."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train_vlm_parallel as training
+from conftest import noise_photo, train_options
+from ground.errors import OptionError
+from ground.options import check_options
+from reward import score_answer
+from rollout import Group
+from sheets.samples import Sample
+from training.checkpoint import keep_best, options_of, read_best
+from training.curves import candidate_table, photo_strip, telling
+
+
+@pytest.fixture(scope="module")
+def finished(shop, tmp_path_factory):
+    """Options of a run that is done, and its events."""
+    options = train_options(shop, tmp_path_factory.mktemp("curves"), show_every=2)
+    training.train(options)
+    events = EventAccumulator(options.log_dir, size_guidance={"tensors": 0, "images": 0, "histograms": 0})
+    events.Reload()
+    return options, events
+
+
+def text_of(events, tag):
+    return events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+
+
+def test_every_curve_says_what_it_means(finished):
+    _, events = finished
+    scalars = events.Tags()["scalars"]
+    assert {"returns", "errors/largest", "held_out/within_10", "seconds/rollout"} <= set(scalars)
+    mute = [tag for tag in scalars if not events.SummaryMetadata(tag).summary_description]
+    assert not mute
+
+
+def test_candidates_are_shown_with_photos(finished):
+    options, events = finished
+    tables = [tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"] if "candidates" in tag]
+    assert set(tables) == {"step/widest spread/candidates", "step/lowest reward/candidates",
+                           *(f"held out/product {number}/candidates" for number in
+                             range(1, sum("held out" in tag for tag in tables) + 1))}
+    tag = "step/widest spread/candidates/text_summary"
+    assert [event.step for event in events.Tensors(tag)] == [1, 2]
+    table = text_of(events, tag)
+    assert table.count("\n| ") == 2 + options.group_size and "true size" in table and "| reward | advantage |" in table
+    assert "held out/product 1/photos" in events.Tags()["images"]
+    assert [event.step for event in events.Histograms("rewards")] == [1, 2, 3]
+
+
+def test_options_are_a_table_and_hyperparameters(finished):
+    _, events = finished
+    assert "| lr | 0.001 |" in text_of(events, "options/text_summary").replace("&#95;", "_")
+    assert "_hparams_/session_start_info" in str(events.summary_metadata.keys())
+
+
+def test_hostile_text_can_not_break_the_table():
+    sample = Sample(3, "p|1", "a | b\n\n# <script>alert(1)</script> `x` *y*", (2.0, 1.0), (), "s.xlsx")
+    answers = ["no | idea\n| x |", "2 1"]
+    table = candidate_table(sample, answers, [score_answer(answer, sample.label) for answer in answers], [-1.0, 1.0])
+    lines = table.splitlines()
+    assert "<" not in table and "`" not in table and lines[0].startswith("**s.xlsx row 3** (p&#124;1)")
+    rows = [line for line in lines if line.startswith("| ") and not line.startswith("| ---")]
+    assert len(rows) == 3 and all(row.count("|") == 6 for row in rows)
+    assert rows[1].startswith("| 1.000 | &#43;1.00 | 2 x 1 | 0&#37;, 0&#37; |")  # the best first
+
+
+def test_photos_stand_side_by_side():
+    strip = photo_strip([noise_photo(0, (80, 40)), noise_photo(1, (40, 80))])
+    assert strip.shape == (128, 256 + 8 + 64, 3) and strip.dtype == np.uint8
+    assert (strip[:, 256:264] == 255).all()
+
+
+def test_the_most_telling_groups():
+    def group(*answers):
+        return Group(None, None, None, None, None, None, None, list(answers),
+                     [score_answer(answer, (10.0,)) for answer in answers])
+
+    assert telling([group("9", "9"), group("10", "5"), group("1", "1")]) == {"widest spread": 1, "lowest reward": 2}
+
+
+def test_a_run_folder_explains_itself(finished, shop):
+    options, _ = finished
+    facts = json.loads((Path(options.output_dir) / "run.json").read_text())
+    assert facts["options"]["lr"] == options.lr and facts["starts"][0]["packages"]["torch"].startswith("2")
+    assert len(facts["sheets"][options.data_path]) == 64
+    assert facts["products"]["products"] + facts["held_out"]["products"] == 8
+    assert facts["starts"][0]["from_step"] == 0 and facts["summary"]["done"]
+    assert facts["summary"]["last_checkpoint"].endswith("step_000003")
+    assert facts["summary"]["best"] == read_best(options.output_dir)
+    resumed = replace(options, resume="auto", max_steps=4)
+    training.train(resumed)
+    facts = json.loads((Path(options.output_dir) / "run.json").read_text())
+    assert [start["from_step"] for start in facts["starts"]] == [0, 3]
+
+
+def test_the_best_weights_are_kept_and_a_run_that_stands_still_ends(shop, tmp_path, monkeypatch, said):
+    rewards = iter([0.9, 0.1, 0.3, 0.2, 0.3, 0.9, 0.2])  # before training, then after each step; twice
+    monkeypatch.setattr(training, "summarise", lambda records: {
+        "mean_reward": next(rewards), "success_rate": 0, "zero_rate": 0, "products": len(records)})
+    options = train_options(shop, tmp_path, eval_every=1, save_every=1, keep_last=0, max_steps=9, stop_after=2)
+    final = training.train(options)
+    assert final.name == "step_000004" and "no better held-out reward for 2 evaluations" in "".join(said)
+    assert read_best(options.output_dir) == {"step": 2, "mean_reward": 0.3}
+    best, second = (load_file(Path(options.output_dir) / name / "model.safetensors")
+                    for name in ("best", "step_000002"))
+    assert all((best[name] == second[name]).all() for name in best)
+    assert options_of(str(Path(options.output_dir) / "best")).lr == options.lr
+    training.train(replace(options, overwrite_output_dir=True, stop_after=0, max_steps=1))
+    assert read_best(options.output_dir) == {"step": 1, "mean_reward": 0.2}  # nothing is left of the earlier run
+
+
+def test_without_save_best_nothing_is_kept(shop, tmp_path):
+    options = train_options(shop, tmp_path, save_best=False)
+    assert not keep_best(None, options, 5, 0.5) and read_best(options.output_dir) is None
+    for changes in ({"save_best": False, "stop_after": 2}, {"stop_after": 2, "eval_every": 0}):
+        with pytest.raises(OptionError, match="--stop_after"):
+            check_options(replace(train_options(shop, tmp_path), **changes))

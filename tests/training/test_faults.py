@@ -1,0 +1,326 @@
+"""What goes wrong in a long run, planted one by one: damaged checkpoints, full disks, bad numbers, no memory."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+import train_vlm_parallel as training
+import update
+from config import TrainOptions
+from conftest import train_options
+from ground.errors import OptionError
+from models.family import ModelError
+from replay_buffer import ReplayBuffer
+from test_training import one_step, weights
+from training import checkpoint
+from training.checkpoint import find_damage, list_checkpoints, whole_folder, write_checksums
+from training.preflight import largest_product, moments_to_come, products_that_fit
+
+
+@pytest.fixture(scope="module")
+def finished(shop, tmp_path_factory):
+    """The options of a run of three steps, each saved; read only."""
+    options = train_options(shop, tmp_path_factory.mktemp("finished"), save_every=1, eval_every=0)
+    training.train(options)
+    return options
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The options of a copy of that run."""
+    shutil.copytree(finished.output_dir, tmp_path / "run")
+    return replace(finished, output_dir=str(tmp_path / "run"), log_dir=str(tmp_path / "logs"))
+
+
+def same_weights(one, other):
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    """Turn one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("name", "harm", "said_of_it"), [
+    ("model.safetensors", truncate, "has changed"), ("model.safetensors", flip, "has changed"),
+    ("trainer_state.pt", flip, "has changed"), ("tokenizer.json", flip, "has changed"),
+    ("model.safetensors", Path.unlink, "is missing"), ("checksums.json", truncate, "can't be read"),
+    ("checksums.json", Path.unlink, "can't be read")])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(finished, copied, said, name, harm, said_of_it):
+    newest, before = Path(copied.output_dir) / "step_000003", Path(copied.output_dir) / "step_000002"
+    harm(newest / name)
+    with pytest.raises(OptionError, match=f"step_000003: this checkpoint is damaged: {name} {said_of_it}"):
+        training.find_resume(replace(copied, resume=str(newest)))
+    assert training.find_resume(replace(copied, resume="auto")) == before
+    assert f"step_000003 is damaged: {name} {said_of_it}" in "".join(said)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, copied):
+    flip(Path(copied.output_dir) / "step_000003" / "model.safetensors")
+    resumed = training.train(replace(copied, resume="auto"))
+    assert find_damage(resumed) is None and same_weights(resumed, Path(finished.output_dir) / "step_000003")
+
+
+def test_nothing_whole_is_not_a_new_start(copied):
+    for path in list_checkpoints(Path(copied.output_dir)):
+        flip(path / "model.safetensors")
+    with pytest.raises(OptionError, match="every checkpoint in .* is damaged"):
+        training.find_resume(replace(copied, resume="auto"))
+
+
+def test_checksums_are_those_of_sha256sum(finished):
+    folder = Path(finished.output_dir) / "step_000003"
+    sums = json.loads((folder / "checksums.json").read_text())
+    assert sums.keys() == {path.name for path in folder.iterdir()} - {"checksums.json"}
+    done = subprocess.run(["sha256sum", *sums], cwd=folder, capture_output=True, text=True, check=True)
+    assert dict(reversed(line.split()) for line in done.stdout.splitlines()) == sums
+
+
+def test_a_half_written_checkpoint_is_cleared_away(copied):
+    partial = Path(copied.output_dir) / "step_000004.partial"
+    partial.mkdir()
+    assert training.find_resume(replace(copied, resume="auto")).name == "step_000003" and not partial.exists()
+
+
+def test_another_number_of_products_a_step_is_refused(copied):
+    found = Path(copied.output_dir) / "step_000002"  # three products a step on one process
+    with pytest.raises(OptionError, match="--batch_size 2 x 1 processes = 2 .* took 3, .*: give --batch_size 3"):
+        checkpoint.read_state(found, replace(copied, batch_size=2))
+    with pytest.raises(OptionError, match="no --batch_size gives 3 on 2 processes: .*: 1, 3"):
+        checkpoint.read_state(found, copied, world=2)
+
+
+def test_the_same_number_of_products_a_step_goes_on(copied, said):
+    state = checkpoint.read_state(Path(copied.output_dir) / "step_000002", replace(copied, batch_size=1), world=3)
+    assert state["step"] == 2 and not said
+    checkpoint.read_state(Path(copied.output_dir) / "step_000002", replace(copied, batch_size=1, minibatch_size=1), 3)
+    assert "on 3 processes instead of 1" in "".join(said)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 900 KiB, which holds one checkpoint and a half."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", disk],
+                                      capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_disk_costs_a_warning_and_keeps_the_old_checkpoint(shop, tmp_path, small_disk, said):
+    options = train_options(shop, tmp_path, output_dir=str(small_disk / "run"), log_dir=str(small_disk / "logs"),
+                            save_every=1, eval_every=0, max_steps=3)
+    with pytest.raises(training.BadRun, match="no checkpoint of step 3 .*step_000001.*: make room"):
+        training.train(options)
+    assert "no checkpoint of step 2" in "".join(said)
+    assert [path.name for path in (small_disk / "run").glob("step_*")] == ["step_000001"]
+    assert find_damage(small_disk / "run" / "step_000001") is None
+
+
+@pytest.mark.parametrize("problem", [OSError(28, "No space left on device"), SafetensorError("I/O error"),
+                                     RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")])
+def test_a_run_outlives_a_save_that_fails(shop, tmp_path, said, monkeypatch, problem):
+    good, calls = torch.save, []
+
+    def full_once(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise problem
+        good(*args)
+
+    monkeypatch.setattr(checkpoint.torch, "save", full_once)
+    options = train_options(shop, tmp_path, save_every=1, eval_every=0)
+    training.train(options)
+    assert "no checkpoint of step 2" in "".join(said)
+    assert [path.name for path in list_checkpoints(Path(options.output_dir))] == ["step_000001", "step_000003"]
+
+
+def test_other_errors_while_saving_are_not_taken_for_a_full_disk(shop, tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(checkpoint.torch, "save", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        training.train(train_options(shop, tmp_path, max_steps=1, eval_every=0))
+
+
+def test_a_folder_that_is_replaced_is_whole_at_any_time(tmp_path):
+    final = tmp_path / "step_000001"
+    for content in ("one", "two"):
+        with whole_folder(final) as folder:
+            (folder / "inner").mkdir()
+            (folder / "inner" / "file").write_text(content)
+            write_checksums(folder)
+        assert find_damage(final) is None and (final / "inner" / "file").read_text() == content
+    with pytest.raises(ZeroDivisionError), whole_folder(final):
+        raise ZeroDivisionError
+    assert (final / "inner" / "file").read_text() == "two" and list(tmp_path.iterdir()) == [final]
+
+
+def test_sigterm_during_a_save_lets_it_finish(shop, tmp_path, monkeypatch):
+    good = checkpoint.save_model
+
+    def interrupted(*args):
+        if not list_checkpoints(Path(options.output_dir)):  # a second signal would end the process at once
+            os.kill(os.getpid(), signal.SIGTERM)
+        good(*args)
+
+    monkeypatch.setattr(checkpoint, "save_model", interrupted)
+    options = train_options(shop, tmp_path, save_every=1, max_steps=5, eval_every=0)
+    with pytest.raises(training.Interrupted, match="SIGTERM: stopped after step 2; go on with --resume auto"):
+        training.train(options)
+    found = list_checkpoints(Path(options.output_dir))
+    assert [path.name for path in found] == ["step_000001", "step_000002"] and not any(map(find_damage, found))
+
+
+def test_a_photo_deleted_during_the_run_costs_its_group_only(shop, tmp_path, said, monkeypatch, tokenizer,
+                                                             image_processor):
+    from conftest import write_shop
+
+    own = write_shop(tmp_path, tokenizer, image_processor)
+    good = training.finish_step
+
+    def delete_photos(run, options, step, interruption):
+        for photo in (own / "photos").iterdir():
+            photo.unlink()
+        good(run, options, step, interruption)
+
+    monkeypatch.setattr(training, "finish_step", delete_photos)
+    options = train_options(own, tmp_path, batch_size=8, eval_fraction=0.0, max_steps=3, eval_every=0,
+                            prompt_cache_mb=0)
+    assert training.train(options).name == "step_000003"
+    assert sum("no rollout" in line and "data.xlsx row" in line for line in said) == 2 * 7  # one row has no photo
+
+
+def test_a_bad_batch_is_kept_for_inspection(shop, tmp_path, said):
+    options = train_options(shop, tmp_path)
+    run, buffer = one_step(options)
+    run.learner.parameters[0].register_hook(lambda grad: grad * float("nan"))
+    update.update(run.learner, buffer, options, step=6)
+    kept = ReplayBuffer()
+    kept.load_state_dict(torch.load(Path(options.output_dir) / "bad_batch_step_000007.pt", weights_only=True))
+    assert {item.sources for item in kept.items} == {item.sources for item in buffer.items}
+    assert all(any(torch.equal(one.sequences, other.sequences) for other in buffer.items) for one in kept.items)
+
+
+def test_a_full_disk_costs_no_more_than_the_bad_batch(tmp_path, said, monkeypatch):
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
+
+    monkeypatch.setattr(update.torch, "save", full)
+    update.keep_bad_batch([], TrainOptions(output_dir=str(tmp_path)), 6, training.Processes(1, 2))
+    assert "bad_batch_step_000007_process_1.pt: not written" in "".join(said) and not list(tmp_path.iterdir())
+
+
+def test_bounds_warn(said):
+    options = TrainOptions(max_kl=0.5, min_entropy=0.1)
+    training.warn_beyond_bounds({"kl_divergence": 0.5, "entropy": 0.1}, options, 1)
+    training.warn_beyond_bounds({"failed_rollouts": 3}, options, 2)
+    assert not said
+    training.warn_beyond_bounds({"kl_divergence": 0.51, "entropy": 0.09}, options, 3)
+    assert "step 3: KL 0.51 is above --max_kl 0.5" in said[0] and "--min_entropy 0.1" in said[1]
+
+
+def test_bounds_are_looked_at_every_step(shop, tmp_path, said):
+    training.train(train_options(shop, tmp_path, eval_every=0, min_entropy=100.0))
+    assert "".join(said).count("below --min_entropy") == 3
+
+
+def out_of_memory_above(products, monkeypatch):
+    """Plant an OutOfMemoryError in every pass of more than so many products; returns the sizes tried."""
+    good, sizes = update.score, []
+
+    def limited(learner, items, options):
+        sizes.append(len(items))
+        if len(items) > products:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nDetails")
+        return good(learner, items, options)
+
+    monkeypatch.setattr(update, "score", limited)
+    return sizes
+
+
+def test_micro_batches_halve_when_memory_runs_out(shop, tmp_path, said, monkeypatch):
+    settings = dict(eval_every=0, batch_size=5, max_steps=2)
+    wanted = training.train(train_options(shop, tmp_path / "a", **settings))
+    sizes = out_of_memory_above(2, monkeypatch)
+    found = training.train(train_options(shop, tmp_path / "b", **settings, micro_batch_size=0, preflight=False))
+    assert sizes == [5, 2, 2, 1, 2, 2, 1]
+    assert "out of memory with 5 products a pass: going on with 2" in "".join(said)
+    one, other = weights(wanted), weights(found)
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
+
+
+def test_the_pre_flight_meets_the_shortage_first(shop, tmp_path, said, monkeypatch):
+    sizes = out_of_memory_above(2, monkeypatch)
+    training.train(train_options(shop, tmp_path, eval_every=0, batch_size=5, max_steps=1, micro_batch_size=0))
+    assert sizes == [5, 2, 2, 1, 2, 2, 1]  # five times the largest product, then the five of the step
+
+
+def test_a_size_that_was_asked_for_is_not_changed(shop, tmp_path, monkeypatch):
+    out_of_memory_above(2, monkeypatch)
+    options = train_options(shop, tmp_path, eval_every=0, micro_batch_size=3)
+    with pytest.raises(ModelError, match="with 3 products a pass: go on with --resume auto --micro_batch_size 1 "):
+        training.train(options)
+    out_of_memory_above(0, monkeypatch)
+    with pytest.raises(ModelError, match="with 1 products a pass: lower --max_pixels"):
+        training.train(replace(options, micro_batch_size=0))
+
+
+def test_the_pre_flight_says_what_it_took_and_moves_nothing(shop, tmp_path, said):
+    options = train_options(shop, tmp_path, eval_every=0, max_steps=2)
+    with_it = training.train(options)
+    line = next(line for line in said if "pre-flight" in line)
+    assert "data.xlsx row" in line and "4 answers of 8, 1 products a pass" in line and "GiB resident" in line
+    without = training.train(replace(options, output_dir=str(tmp_path / "other"), preflight=False))
+    assert same_weights(with_it, without)
+
+
+def test_the_largest_product_has_the_longest_prompt(shop, tmp_path):
+    options = train_options(shop, tmp_path)
+    run = training.prepare(replace(options, preflight=False, eval_every=0), training.Processes())
+    sample, prompt = largest_product(run.encoder, run.products)
+    lengths = [len(run.encoder.encode(product).input_ids) for product in run.products]
+    assert len(prompt.input_ids) == max(lengths) > min(lengths) and sample in run.products
+    assert largest_product(run.encoder, []) == (None, None)
+
+
+def test_adams_moments_are_foretold(shop, tmp_path):
+    options = train_options(shop, tmp_path)
+    run, buffer = one_step(options)
+    foretold = moments_to_come(run.learner)
+    assert foretold == 2 * 4 * sum(parameter.numel() for parameter in run.learner.parameters) > 0
+    update.update(run.learner, buffer, options, step=0)
+    moments = [value for state in run.learner.optimizer.state.values() for name, value in state.items()
+               if name.startswith("exp_avg")]
+    assert sum(value.numel() * value.element_size() for value in moments) == foretold
+    assert moments_to_come(run.learner) == 0
+
+
+@pytest.mark.parametrize(("peak", "moments", "fits"), [
+    (30, 0, 7),     # 90 % of 100, 20 held: 70 for passes of 10
+    (30, 8, 6),     # 62
+    (110, 0, 1),    # not even one, but one is the least
+    (21, 0, 16),    # 70 would fit; no more than a minibatch
+    (20, 0, 16),
+])
+def test_products_that_fit(peak, moments, fits):
+    assert products_that_fit(total=100, held=20, peak=peak, moments=moments, most=16) == fits

@@ -1,0 +1,207 @@
+"""One of two processes that train, case after case, as one process does with twice the products. Run by
+test_two_processes.py: training_worker.py FOLDER, with a shop in it."""
+
+import faulthandler
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+torch.set_num_threads(1)
+
+from loguru import logger  # noqa: E402
+
+import reward  # noqa: E402
+import rollout  # noqa: E402
+import train_vlm_parallel as training  # noqa: E402
+import update  # noqa: E402
+from config import TrainOptions  # noqa: E402
+from conftest import train_options  # noqa: E402
+from ground.options import parse_options  # noqa: E402
+from models.sharding import whole  # noqa: E402
+
+# name: the options, beside those of both; what one process does with twice the --batch_size is the measure.
+CASES = {
+    "none, full, hybrid": {},
+    "fsdp, full, hybrid": {"sharding": "fsdp"},
+    "none, LoRA, hybrid": {"lora_rank": 4},
+    "fsdp, LoRA, hybrid": {"lora_rank": 4, "sharding": "fsdp"},
+    "none, full, dense": {"model_path": "dense"},
+    "fsdp, full, dense": {"model_path": "dense", "sharding": "fsdp"},
+    "none, LoRA, dense": {"model_path": "dense", "lora_rank": 4},
+    "fsdp, LoRA, dense": {"model_path": "dense", "lora_rank": 4, "sharding": "fsdp"},
+    "none, vision": {"train_vision": True, "missing_photos": "text_only"},
+    "fsdp, vision": {"train_vision": True, "missing_photos": "text_only", "sharding": "fsdp"},
+}
+RESUMED = {"none, resumed": {}, "fsdp, resumed": {"sharding": "fsdp"}}  # from what one process began
+
+
+def options_of_case(folder, name, batch_size, **changes):
+    """Options of a case: five steps, a product's answers sampled by a seed of its own."""
+    settings = dict(batch_size=batch_size, eval_fraction=0.0, eval_every=0, max_steps=5, save_every=5, lr=1e-4,
+                    rollout_batch_size=2, model_path="model", output_dir=str(folder / name / str(batch_size)),
+                    log_dir=str(folder / "logs")) | (CASES | RESUMED)[name] | changes
+    return train_options(folder, folder, **settings | {"model_path": str(folder / settings["model_path"])})
+
+
+CONFIGS = sorted((ROOT / "configs").glob("minicpm*.yaml"))
+
+
+def options_of_config(path, folder, output):
+    """A ready YAML's options for one step of a tiny model on a CPU in its place."""
+    places = {"model_path": folder / "model", "data_path": folder / "data.xlsx", "image_cache_dir": folder / "photos",
+              "prompt_file": folder / "prompt.txt", "output_dir": output / "run", "log_dir": output / "logs"}
+    flags = [word for name, value in places.items() for word in (f"--{name}", str(value))]
+    return parse_options(TrainOptions, "", ["--config", str(path), *flags, "--device", "cpu", "--gpu_ids",
+                                            "--max_steps", "1", "--max_length", "8", "--num_threads", "1"])
+
+
+def give_worth():
+    """Let answers of tiny models be worth something: their lengths in letters, to the hundred."""
+    def score(answer, label):
+        good = reward.score_answer(answer, label)
+        return replace(good, reward=len(answer) % 100 / 100)
+
+    rollout.score_answer = score
+
+
+def watch_products():
+    """Note the rows that this process rolls out each step; returns the list."""
+    rows = []
+    good = training.rollout_groups
+
+    def watched(encoder, samples, group_size, *args):
+        if group_size == 4:  # the start-up check takes 3
+            rows.append([sample.row for sample in samples])
+        return good(encoder, samples, group_size, *args)
+
+    training.rollout_groups = watched
+    return rows
+
+
+def gathered_over_processes(thing):
+    things = [None] * dist.get_world_size()
+    dist.all_gather_object(things, thing)
+    return things
+
+
+def check_line(rows, products):
+    """No product comes twice in a pass over the sheet, in both processes together; every one comes."""
+    line = [row for step in zip(*gathered_over_processes(rows), strict=True) for turn in zip(*step, strict=True)
+            for row in turn]
+    assert len(line) == 5 * 2 * 2
+    for start in range(0, len(line), products):
+        assert len(set(line[start:start + products])) == min(products, len(line) - start), line
+
+
+def failing_rollouts(folder, sharding):
+    """All rollouts of the second process fail: the first trains on."""
+    good, said = rollout.PromptEncoder.encode, []
+
+    def broken(encoder, sample):
+        raise rollout.PhotoError("planted")
+
+    sink = logger.add(lambda line: said.append(str(line)), format="{message}")
+    if dist.get_rank() == 1:
+        rollout.PromptEncoder.encode = broken
+    training.train(options_of_case(folder, f"{sharding}, full, hybrid", 2, max_steps=2,
+                                   output_dir=str(folder / f"failing {sharding}")))
+    rollout.PromptEncoder.encode = good
+    logger.remove(sink)
+    assert sum("no rollout" in line for line in said) == 4 * dist.get_rank()
+
+
+def short_of_memory(folder):
+    """The second process has room for one product a pass, the first for all."""
+    good, said = update.score, []
+
+    def short(learner, items, options):
+        if len(items) > 1:
+            raise torch.OutOfMemoryError("planted")
+        return good(learner, items, options)
+
+    sink = logger.add(lambda line: said.append(str(line)), format="{message}")
+    if dist.get_rank() == 1:
+        update.score = short
+    training.train(options_of_case(folder, "none, full, hybrid", 2, micro_batch_size=0,
+                                   output_dir=str(folder / "short")))
+    update.score = good
+    logger.remove(sink)
+    assert sum("out of memory with 2 products a pass: going on with 1" in line for line in said) == dist.get_rank()
+
+
+def planted_nan(folder, sharding):
+    """A NaN in the second process's gradient: both skip the step, and have the same weights after the next."""
+    options = options_of_case(folder, f"{sharding}, full, hybrid", 2, output_dir=str(folder / f"NaN {sharding}"))
+    run = training.prepare(options, training.join("cpu"))
+    good, passes, skipped = update.accumulate, [], []
+
+    def planted(learner, *args):
+        found = good(learner, *args)
+        passes.append(1)
+        if len(passes) == 1 and dist.get_rank() == 1:
+            local(learner.parameters[0].grad).view(-1)[0] = float("nan")
+        return found
+
+    before = whole_parameters(run)
+    update.accumulate = planted
+    for step in range(2):
+        with training.gathered(run.policy):
+            groups, _ = training.rollout_groups(run.encoder, training.products_at(step, run, options), 4, 1.0, 8,
+                                                f"0/{step}", 2)
+        buffer = training.fill_buffer(groups, run, options)
+        skipped.append(update.update(run.learner, buffer, options, step)["skipped_minibatches"])
+        after = whole_parameters(run)
+        assert step or all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    update.accumulate = good
+    assert skipped == [1, 0] and not all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    for value in after:
+        main_value = value.clone()
+        dist.broadcast(main_value, 0)
+        assert torch.isfinite(value).all() and torch.equal(value, main_value)
+    assert (Path(options.output_dir) / f"bad_batch_step_000001_process_{dist.get_rank()}.pt").is_file()
+
+
+def local(value):
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+def whole_parameters(run):
+    return [whole(parameter.detach()).clone() for parameter in run.learner.parameters]
+
+
+def main(folder):
+    """Every case; an assertion that fails ends the process with its traceback."""
+    logger.remove()
+    give_worth()
+    rows = watch_products()
+    for name, changes in CASES.items():
+        rows.clear()
+        training.train(options_of_case(folder, name, 2))
+        check_line(rows, 9 if "missing_photos" in changes else 8)
+        print(f"{name}: done", flush=True)
+    for name in RESUMED:
+        training.train(options_of_case(folder, name, 2, resume="auto"))
+        print(f"{name}: done", flush=True)
+    for path in CONFIGS:
+        training.train(options_of_config(path, folder, folder / path.stem))
+        print(f"{path.name}: done", flush=True)
+    short_of_memory(folder)
+    for sharding in ("none", "fsdp"):
+        failing_rollouts(folder, sharding)
+        planted_nan(folder, sharding)
+        print(f"faults, {sharding}: done", flush=True)
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(240, exit=True)  # one that hangs says where
+    dist.init_process_group("gloo")
+    main(Path(sys.argv[1]))
+    dist.destroy_process_group()

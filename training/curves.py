@@ -1,0 +1,168 @@
+"""TensorBoard: scalars that say what they mean, options as a table, and what the candidates of a product look like."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from statistics import fmean, pstdev
+from typing import Any
+
+import numpy as np
+import torch
+from loguru import logger
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from config import TrainOptions
+from evidence import measures
+from evidence.evaluation import FIGURES
+from loss import group_advantages
+from own_reward import Scorer
+from replay_buffer import Experience
+from reward import RewardParts
+from rollout import Group, PromptEncoder, rollout_groups
+from sheets.samples import PhotoError, Sample, load_photos
+
+HELD_OUT_SHOWN = 3  # held-out products whose candidates are shown at each evaluation, always the same
+_PHOTO_HEIGHT, _LONGEST = 128, 400  # pixels of a photo; characters of a text or an answer
+
+MEANINGS = {
+    "returns": "mean reward of the step's sampled answers; the curve to watch",
+    "success_rate": "share of sampled answers with a reward of 0.9 or more",
+    "valid_rate": "share of sampled answers in which a size can be read",
+    "zero_variance_share": "share of groups whose answers all earn the same, so that nothing is learnt from them",
+    "answer_length": "mean tokens of an answer, the stop token included",
+    "truncated_share": "share of answers that hit max_length without a stop token",
+    "failed_rollouts": "products of the step that gave no group; the log says why",
+    "total_loss": "the policy loss plus kl_weight times the KL term. About 0 at each step's first update, since a "
+                  "group's advantages average to zero: watch returns instead",
+    "kl_divergence": "how far the policy has moved from the reference policy, per token (k3 estimate); a few tenths "
+                     "are a lot, a steep rise says that the learning rate is too high",
+    "entropy": "mean entropy of the next token, in nats; near 0 all answers of a group are alike and learning ends",
+    "ratio": "mean of pi / pi_old over tokens; 1 when nothing has moved since sampling",
+    "first_ratio": "the same at the step's first minibatch, before any weight has moved: 1, or sampling and scoring "
+                   "differ",
+    "log_prob_gap": "largest difference between log-probs at sampling and at scoring, before any weight has moved",
+    "clip_fraction": "share of tokens whose ratio lies outside the clip range",
+    "grad_norm": "the gradient's norm before clipping",
+    "skipped_minibatches": "minibatches left out for a loss or gradient that was not finite",
+    "lr": "the learning rate",
+    "errors/largest": "mean error of the largest side, cut off at 1; a side that an answer lacks counts as 1",
+    "errors/middle": "mean error of the middle side, cut off at 1",
+    "errors/smallest": "mean error of the smallest side, cut off at 1",
+    "held_out/products": "held-out products that were answered",
+    "held_out/answers": "answers to held-out products",
+    **{f"held_out/{key}": f"on products that training never sees: {figure.meaning}" for key, figure in FIGURES.items()},
+}
+
+
+class Curves(SummaryWriter):
+    """A writer whose scalars carry their meaning (MEANINGS) as a description."""
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Write one point; the description is what TensorBoard shows beside the curve's title."""
+        meaning = MEANINGS.get(tag) or (f"wall seconds a step spent on {tag.partition('/')[2]}"
+                                        if tag.startswith("seconds/") else "")
+        # Without the data class TensorBoard's fast loader takes the point for an old one and drops its description.
+        described = SummaryMetadata(summary_description=meaning, data_class=DATA_CLASS_SCALAR,
+                                    plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"))
+        point = Summary.Value(tag=tag, simple_value=float(value), metadata=described)
+        self.file_writer.add_summary(Summary(value=[point]), step)
+
+    def log_options(self, options: TrainOptions, step: int) -> None:
+        """Write the options as a table and as hyperparameters, by which runs can be compared."""
+        values = asdict(options)
+        self.add_text("options", _table(("option", "value"), values.items()), step)
+        plain = {name: value if isinstance(value, bool | int | float | str) else str(value)
+                 for name, value in values.items()}
+        for summary in hparams(plain, {"returns": 0, "held_out/mean_reward": 0}):
+            self.file_writer.add_summary(summary)
+
+
+def log_groups(writer: Curves, groups: Sequence[Group], items: Sequence[Experience], options: TrainOptions, step: int
+               ) -> None:
+    """Write a step's rewards and errors; every show_every steps, and at step 1, the candidates of its telling groups.
+
+    items: the experiences made of the groups, in the same order.
+    """
+    if not groups:
+        return
+    writer.add_histogram("rewards", np.array([part.reward for group in groups for part in group.rewards]), step)
+    for side in ("largest", "middle", "smallest"):
+        errors = [error for group in groups for part in group.rewards
+                  if (error := measures.side_error(part.errors, side)) is not None]
+        if errors:
+            writer.add_scalar(f"errors/{side}", fmean(min(error, 1.0) for error in errors), step)
+    if options.show_every and (step == 1 or step % options.show_every == 0):
+        for title, place in telling(groups).items():
+            log_candidates(writer, f"step/{title}", groups[place], items[place].advantages.tolist(), step)
+
+
+def telling(groups: Sequence[Group]) -> dict[str, int]:
+    """Pick the groups that say most: where answers differ most, and where they are worst."""
+    rewards = [[part.reward for part in group.rewards] for group in groups]
+    return {"widest spread": max(range(len(groups)), key=lambda place: pstdev(rewards[place])),
+            "lowest reward": min(range(len(groups)), key=lambda place: fmean(rewards[place]))}
+
+
+def log_held_out(writer: Curves, encoder: PromptEncoder, held_out: Sequence[Sample], options: TrainOptions,
+                 scorer: Scorer, step: int) -> None:
+    """Sample a group for each of a few held-out products, always the same, and write its candidates."""
+    if not options.show_every:
+        return
+    groups, _ = rollout_groups(encoder, held_out[:HELD_OUT_SHOWN], options.group_size, options.temperature,
+                               options.max_length, f"shown/{options.seed}", options.rollout_batch_size)
+    scorer.rescore(groups)
+    for number, group in enumerate(groups, start=1):
+        rewards = torch.tensor([part.reward for part in group.rewards])
+        advantages = group_advantages(rewards, std_floor=options.std_floor, scale=options.scale_advantages)
+        log_candidates(writer, f"held out/product {number}", group, advantages.tolist(), step)
+
+
+def log_candidates(writer: Curves, tag: str, group: Group, advantages: Sequence[float], step: int) -> None:
+    """Write a product's photos, and a table of its candidates, the best first."""
+    writer.add_text(f"{tag}/candidates", candidate_table(group.sample, group.answers, group.rewards, advantages), step)
+    try:
+        photos = load_photos(group.sample)
+    except PhotoError as problem:
+        logger.warning(f"not shown in TensorBoard: {problem}")
+        return
+    if photos:
+        writer.add_image(f"{tag}/photos", photo_strip(photos), step, dataformats="HWC")
+
+
+def candidate_table(sample: Sample, answers: Sequence[str], parts: Sequence[RewardParts], advantages: Sequence[float]
+                    ) -> str:
+    """Lay a group out as Markdown: the product, then a line a candidate, the best first."""
+    order = sorted(range(len(answers)), key=lambda place: -parts[place].reward)
+    rows = [(f"{parts[place].reward:.3f}", f"{advantages[place]:+.2f}",
+             " x ".join(f"{size:g}" for size in parts[place].sizes) or parts[place].reason,
+             ", ".join(f"{error:.0%}" for error in parts[place].errors), answers[place]) for place in order]
+    label = " x ".join(f"{size:g}" for size in sorted(sample.label, reverse=True))
+    return (f"**{_plain(sample.sheet)} row {sample.row}** ({_plain(sample.product_id)}), true size **{label} cm**\n\n"
+            f"{_plain(sample.text)}\n\n"
+            + _table(("reward", "advantage", "read, cm", "errors", "answer"), rows))
+
+
+def photo_strip(photos: Sequence[Image.Image]) -> np.ndarray:
+    """Put photos side by side at one height: (height, width, 3) bytes."""
+    resized = [photo.resize((max(1, round(photo.width * _PHOTO_HEIGHT / photo.height)), _PHOTO_HEIGHT))
+               for photo in photos]
+    strip = Image.new("RGB", (sum(photo.width + 8 for photo in resized) - 8, _PHOTO_HEIGHT), "white")
+    left = 0
+    for photo in resized:
+        strip.paste(photo, (left, 0))
+        left += photo.width + 8
+    return np.asarray(strip)
+
+
+def _table(titles: Sequence[str], rows: Any) -> str:
+    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    lines += ["| " + " | ".join(_plain(str(cell)) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Write a text so that Markdown shows it as it is, on one line."""
+    text = " ".join(text[:_LONGEST].split()) + ("..." if len(text) > _LONGEST else "")
+    return "".join(char if char.isalnum() or char in " ,.:" or ord(char) > 127 else f"&#{ord(char)};" for char in text)

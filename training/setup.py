@@ -1,0 +1,123 @@
+"""What a training run reads: its sheets, with a word on every row that is left out or odd, and its models."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from loguru import logger
+
+from config import SheetOptions, TrainOptions
+from ground.errors import OptionError
+from ground.options import held_out_sheet
+from models.loading import DTYPES, choose_device, freeze, load_minicpm, load_weights
+from models.lora import is_adapter, rank_of
+from models.policy import Policy, load_policy
+from sheets.checks import count_kinds, leaks, look_over
+from sheets.fetch import download_missing
+from sheets.samples import (
+    DataError,
+    RowProblem,
+    Sample,
+    count_photos,
+    load_samples,
+    obey_bad_rows,
+    require_usable,
+    split_held_out,
+    summarise_problems,
+)
+
+
+def fetch_photos(options: TrainOptions) -> None:
+    """Fetch what the sheet(s) name and the cache lacks; of several processes one alone may fill a cache."""
+    download_missing(options.data_path, options.image_cache_dir, options)
+    if options.eval_path:
+        download_missing(options.eval_path, options.image_cache_dir, held_out_sheet(options))
+
+
+def load_products(options: TrainOptions) -> tuple[list[Sample], list[Sample]]:
+    """Read the sheet(s): products to train on and held-out products. Every row left out is logged."""
+    samples = read_sheet(options.data_path, options, options)
+    if options.eval_path:
+        held_out = read_sheet(options.eval_path, options, held_out_sheet(options))
+        if samples[0].sheet == held_out[0].sheet:  # another folder's file of the same name
+            held_out = [replace(sample, sheet=options.eval_path) for sample in held_out]
+        log_findings(options.eval_path, list(leaks(samples, held_out)))
+        return samples, held_out
+    training, held_out = split_held_out(samples, options.eval_fraction)
+    if not training:
+        raise DataError(f"{options.data_path}: all {len(samples)} usable products are held out by --eval_fraction "
+                        f"{options.eval_fraction}; lower it, or give held-out products with --eval_path")
+    if options.eval_fraction and not held_out:
+        logger.warning(f"{options.data_path}: --eval_fraction {options.eval_fraction} of {len(samples)} products holds "
+                       "out none, so nothing is evaluated; give held-out products with --eval_path")
+    return training, held_out
+
+
+def read_sheet(path: str, options: TrainOptions, reading: SheetOptions) -> list[Sample]:
+    """Read one sheet, log each row with a problem; raises DataError when no row can be used."""
+    samples, problems = load_samples(path, options.image_cache_dir, options.missing_photos, reading=reading)
+    logger.info(f"{path}: {len(samples)} products, {count_photos(samples, problems)}")
+    if samples and problems:
+        logger.warning(f"{path}: rows with problems\n{summarise_problems(problems)}")
+    require_usable(samples, problems, path, options.image_cache_dir)
+    obey_bad_rows(problems, path, options.on_bad_row)
+    log_findings(path, look_over(samples))
+    return samples
+
+
+def log_findings(path: str, findings: Sequence[RowProblem]) -> None:
+    """Say what may be wrong with rows that are trained on."""
+    if findings:
+        counts = ", ".join(f"{kind} ({count} rows)" for kind, count in count_kinds(findings).items())
+        logger.warning(f"{path}: to look at (python check_data.py shows each): {counts}; the first: row "
+                       f"{findings[0].row} ({findings[0].product_id}): {findings[0].problem}")
+
+
+def load_models(options: TrainOptions, resume_from: Path | None) -> tuple[Policy, Policy | None, bool]:
+    """Load the policy and its frozen reference (none when kl_weight is 0).
+
+    The third value says whether both have the same frozen vision, so that photos are encoded once for both.
+    """
+    if options.lora_rank:
+        policy = load_adapted(options, resume_from)
+        return policy, policy.without_adapter() if options.kl_weight else None, True
+    device, dtype = choose_device(options.device), DTYPES[options.dtype]
+    model, tokenizer, image_processor = load_minicpm(options.model_path, trust_remote_code=options.trust_remote_code)
+    reference_model = freeze(copy.deepcopy(model)) if options.kl_weight else None
+    weights = str(resume_from) if resume_from else options.checkpoint_path
+    if weights:
+        load_weights(model, weights)
+    policy = Policy(model.to(device), tokenizer, image_processor, dtype, options.max_slice_nums,
+                    options.max_pixels, options.exact_path, options.gradient_checkpointing)
+    if reference_model is None:
+        return policy, None, False
+    vision = policy.family.vision_modules
+    shares_vision = not options.train_vision and all(
+        torch.equal(one.to(device), other) for mine, theirs in
+        zip(vision(reference_model), vision(model), strict=True)
+        for one, other in zip(mine.parameters(), theirs.parameters(), strict=True))
+    for parameter in reference_model.parameters():  # not its buffers: positions in bfloat16 would be other positions
+        parameter.data = parameter.data.to(dtype)
+    reference = Policy(reference_model.to(device), tokenizer, image_processor, dtype, options.max_slice_nums,
+                       options.max_pixels, options.exact_path)
+    return policy, reference, shares_vision
+
+
+def load_adapted(options: TrainOptions, resume_from: Path | None) -> Policy:
+    """Load the base with an adapter on it: the resumed run's, that of --checkpoint_path, or a new one."""
+    weights = str(resume_from) if resume_from else options.checkpoint_path
+    if weights and not is_adapter(weights):
+        raise OptionError(f"{weights} holds no adapter: with --lora_rank give whole weights as --model_path, so that "
+                          "the adapter, and the reference policy, start from them")
+    policy = load_policy(options.model_path, options, options.device, options.trust_remote_code)
+    if not weights:
+        policy.add_adapter(options.lora_rank, options.lora_alpha, options.model_path)
+        return policy
+    policy.load_weights(weights)
+    wanted = (options.lora_rank, options.lora_alpha or 2 * options.lora_rank)
+    if rank_of(policy.adapter) != wanted:
+        raise OptionError("--lora_rank {} --lora_alpha {}: the adapter in {} has {} and {}; give those".format(
+            *wanted, weights, *rank_of(policy.adapter)))
+    return policy
