@@ -36,7 +36,7 @@ class ModelOptions:
               "reference policy stays model_path; with lora_rank a checkpoint folder with an adapter")
     trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
     train_vision: bool = option(False, "train the vision tower and its projection too, not only the language model")
-    # No lora_dropout: sampling and scoring must see the same network.
+    # No lora_dropout: sampling and update must see the same network.
     lora_rank: int | None = option(
         None, "train adapters of this rank on every linear layer of the language model instead of "
               "its weights; the reference policy is the same model with the adapters off; default: "
@@ -51,7 +51,7 @@ class ModelOptions:
     max_pixels: int | None = option(
         None, "pixels of a photo at most, larger ones are scaled down; default: the model's own", within="(0, inf)")
     exact_path: bool = option(
-        False, "sample and score every answer on a row of its own instead of a group that shares its prompt: the same "
+        False, "compute every answer on a row of its own instead of a group that shares its prompt: the same "
                "numbers, slower")
     gradient_checkpointing: bool = option(
         False, "keep only what enters a layer and compute the rest again in the backward pass: less memory, a third "

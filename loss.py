@@ -3,6 +3,8 @@
 Shapes: N answers (all groups of a batch), T completion tokens, G candidates of one product.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +50,17 @@ def approx_kl_divergence(log_probs: Tensor, log_probs_ref: Tensor, action_mask: 
     return log_ratio.exp() - log_ratio - 1
 
 
+@dataclass(frozen=True)
+class LossTerms:
+    """The loss of a batch and what it is made of, means over real tokens; the first two have a gradient."""
+
+    total_loss: Tensor
+    kl_divergence: Tensor  # 0 without ref_log_probs
+    ratio: Tensor
+    clip_fraction: Tensor
+    entropy: Tensor
+
+
 class VLM_GRPOLoss(nn.Module):  # the public name of the loss
     """Clipped policy-gradient loss with a KL term towards the reference policy.
 
@@ -69,7 +82,6 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
         self.loss_type = loss_type
         self.max_length = max_length
         self.mask_truncated = mask_truncated
-        self.metrics: dict[str, Tensor] = {}
 
     def mask(self, experience: Experience) -> Tensor:
         """The tokens that count, (N, T) bool: the action mask, without truncated answers if they are left out."""
@@ -82,38 +94,36 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
         mask = self.mask(experience)
         return mask.sum() if self.loss_type == "dapo" else mask.any(1).sum()
 
-    def forward(self, log_probs: Tensor, experience: Experience, entropy: Tensor | None = None
-                ) -> tuple[Tensor, Tensor]:
-        """Return (loss, mean kl over real tokens); self.metrics then holds ratio, clip_fraction, entropy, kl.
+    def forward(self, log_probs: Tensor, experience: Experience) -> tuple[Tensor, Tensor]:
+        """Return (loss, mean kl over real tokens), the kl 0 without ref_log_probs. log_probs: (N, T) with gradient."""
+        terms = self.terms(log_probs, experience)
+        return terms.total_loss, terms.kl_divergence
+
+    def terms(self, log_probs: Tensor, experience: Experience, entropy: Tensor | None = None) -> LossTerms:
+        """Return the loss with what it is made of.
 
         log_probs: (N, T) with gradient. entropy: (N, T), only averaged; without it -log_probs stands in, which has
-        the same mean for tokens that the policy sampled. Without log_probs_ref there is no KL term and the second
-        value is 0.
+        the same mean for tokens that the policy sampled.
         """
         mask = self.mask(experience)
         log_probs = torch.where(mask, log_probs.float(), 0.0)
-        old_log_probs = torch.where(mask, experience.action_log_probs.float(), 0.0)
+        old_log_probs = torch.where(mask, experience.old_log_probs.float(), 0.0)
         advantages = experience.advantages.float().reshape(-1, 1)  # (N, 1)
 
         ratio = (log_probs - old_log_probs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()  # (N, T)
         clipped = ratio.clamp(1 - self.clip_eps, 1 + self.clip_eps_high)
         per_token = -torch.min(ratio * advantages, clipped * advantages)  # (N, T)
         mean_kl = log_probs.new_zeros(())
-        if experience.log_probs_ref is not None:
-            kl = approx_kl_divergence(log_probs, experience.log_probs_ref, mask)  # (N, T)
+        if experience.ref_log_probs is not None:
+            kl = approx_kl_divergence(log_probs, experience.ref_log_probs, mask)  # (N, T)
             per_token = per_token + self.kl_weight * kl
             mean_kl = masked_mean(kl, mask)
         with torch.no_grad():
             bound = ((ratio > 1 + self.clip_eps_high) & (advantages > 0)) | \
                     ((ratio < 1 - self.clip_eps) & (advantages < 0))
-            self.metrics = {
-                "ratio": masked_mean(ratio, mask),
-                "clip_fraction": masked_mean(bound.float(), mask),
-                "entropy": masked_mean(-log_probs if entropy is None else entropy, mask),
-            }
-            if experience.log_probs_ref is not None:
-                self.metrics["kl_divergence"] = mean_kl.detach()
-        return self._mean(per_token, mask), mean_kl
+            means = [masked_mean(values, mask)
+                     for values in (ratio, bound.float(), -log_probs if entropy is None else entropy)]
+        return LossTerms(self._mean(per_token, mask), mean_kl, *means)
 
     def _mean(self, per_token: Tensor, mask: Tensor) -> Tensor:
         if self.loss_type == "dapo":

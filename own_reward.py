@@ -53,7 +53,7 @@ class Scorer:
         """Put these rewards in place of a rollout's built-in ones."""
         if self._functions:
             for group in groups:
-                group.rewards = [self(answer, group.sample) for answer in group.answers]
+                group.parts = [self(answer, group.sample) for answer in group.answers]
 
     def check(self, sample: Sample) -> str:
         """Try one product's own label and an empty answer, before anything costs time; returns what they earn."""

@@ -34,7 +34,12 @@ class Group:
     old_log_probs: Tensor  # (G, T) at the sampling temperature
     truncated: Tensor  # (G,) bool
     answers: list[str]
-    rewards: list[RewardParts]
+    parts: list[RewardParts]
+
+    @property
+    def rewards(self) -> list[float]:
+        """The reward of each answer."""
+        return [part.reward for part in self.parts]
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from models.sharding import gathered, load_optimizer_state, shard, whole_optimiz
 from models.trainable import parameter_table, set_trainable
 from own_reward import Scorer
 from prompts import read_template
-from replay_buffer import ReplayBuffer, join_experiences, make_experience
+from replay_buffer import Experience, ReplayBuffer, join_experiences
 from reward import SUCCESS_REWARD
 from rollout import Group, PromptEncoder, rollout_groups
 from sheets.samples import DataError, Sample, products_of_step
@@ -279,13 +279,12 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
     """Turn groups into experiences: advantages within each group, log-probs under the reference policy."""
     buffer = ReplayBuffer()
     for group in groups:
-        rewards = torch.tensor([part.reward for part in group.rewards], device=run.policy.device)  # (G,)
+        rewards = torch.tensor(group.rewards, device=run.policy.device)  # (G,)
         advantages = group_advantages(rewards, std_floor=options.std_floor, scale=options.scale_advantages)
-        buffer.append(make_experience(
-            group.prompt, group.completions, group.action_mask, action_log_probs=group.old_log_probs,
-            log_probs_ref=None, returns=rewards, advantages=advantages, truncated=group.truncated,
-            sources=(f"{group.sample.sheet} row {group.sample.row}",),
-            features=None if options.train_vision else (group.features,)))
+        buffer.append(Experience(
+            group.completions, group.action_mask, group.old_log_probs, None, rewards, advantages, group.truncated,
+            (group.prompt,), None if options.train_vision else (group.features,),
+            (f"{group.sample.sheet} row {group.sample.row}",)))
     if run.reference is None:
         return buffer
     with torch.no_grad(), gathered(run.reference):
@@ -295,8 +294,8 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
                                                        options.temperature,
                                                        batch.features if run.shares_vision else None,
                                                        with_entropy=False)
-            for item, rows in zip(items, ref_log_probs.split([len(item.returns) for item in items]), strict=True):
-                item.log_probs_ref = rows[:, :item.action_mask.shape[1]]
+            for item, rows in zip(items, ref_log_probs.split([len(item.rewards) for item in items]), strict=True):
+                item.ref_log_probs = rows[:, :item.action_mask.shape[1]]
     return buffer
 
 
@@ -305,7 +304,7 @@ def describe(groups: Sequence[Group], failures: Sequence[Any], processes: Proces
     what failed here."""
     for failure in failures:
         logger.warning(f"no rollout: {failure}")
-    own = [([part.reward for part in group.rewards], [part.valid for part in group.rewards],
+    own = [(group.rewards, [part.valid for part in group.parts],
             group.action_mask.sum(1).tolist(), group.truncated.tolist()) for group in groups]
     everywhere = processes.gather((own, len(failures)))
     metrics: dict[str, float] = {"failed_rollouts": sum(count for _, count in everywhere)}

@@ -23,7 +23,7 @@ from models.policy import Policy
 from models.processes import Processes
 from models.sharding import whole
 from models.trainable import warn_without_gradient
-from replay_buffer import Experience, ReplayBuffer, join_experiences, make_experience
+from replay_buffer import Experience, ReplayBuffer, join_experiences
 
 
 @dataclass
@@ -51,7 +51,7 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
     rows, kept in output_dir for inspection and counted.
     """
     sums: dict[str, float] = defaultdict(float)
-    first: dict[str, float] = {}  # before any weight has moved: ratio 1 and no gap, or sampling and scoring differ
+    first: dict[str, float] = {}  # before any weight has moved: ratio 1 and no gap, or sampling and update differ
     done = skipped = 0
     minibatches = list(buffer.minibatches(options.epochs, options.minibatch_size, f"{options.seed}/{step}"))
     for index in range(learner.processes.most(len(minibatches))):
@@ -104,8 +104,8 @@ def backward(learner: Learner, minibatch: Sequence[Experience], options: TrainOp
     """Accumulate the minibatch's gradient over micro-batches; returns the metrics of the whole minibatch, over all
     processes; none when no process has a token to learn from.
 
-    on_policy: no weight has moved since sampling. In bfloat16 sampled and rescored log-probs differ by rounding,
-    so the ratio is then taken against the rescored ones, and the gap is logged.
+    on_policy: no weight has moved since sampling. In bfloat16 the log-probs of sampling and of this pass differ by
+    rounding, so the ratio is then taken against those of this pass, and the gap is logged.
     With --micro_batch_size 0 a pass that runs out of memory is done again in halves.
     """
     policy, objective, processes = learner.policy, learner.objective, learner.processes
@@ -159,25 +159,25 @@ def accumulate(learner: Learner, minibatch: Sequence[Experience], options: Train
     batches = list(micro_batches(minibatch, learner.micro_batch_size))
     passes = processes.most(len(batches)) if learner.sharded else len(batches)
     for index in range(passes):
-        batch, log_probs, entropy = score(learner, batches[index] if index < len(batches) else [], options)
+        batch, log_probs, entropy = log_probs_of(learner, batches[index] if index < len(batches) else [], options)
         if batch is None:
             (0.0 * log_probs.sum()).backward()
             continue
-        gap = torch.maximum(gap, (log_probs.detach() - batch.action_log_probs).abs().max())
+        gap = torch.maximum(gap, (log_probs.detach() - batch.old_log_probs).abs().max())
         if on_policy and policy.dtype != torch.float32:
-            batch.action_log_probs = log_probs.detach()
-        loss, _ = objective(log_probs, batch, entropy)
-        loss = loss * (objective.size(batch) / size)
+            batch.old_log_probs = log_probs.detach()
+        terms = objective.terms(log_probs, batch, entropy)
+        loss = terms.total_loss * (objective.size(batch) / size)
         (loss * processes.world).backward()  # gradients are averaged over the processes, the loss is summed
         sums["total_loss"] += loss.detach()
-        for name, value in objective.metrics.items():
-            sums[name] += value * (objective.mask(batch).sum() / tokens)
+        for name in names[1:]:
+            sums[name] += getattr(terms, name).detach() * (objective.mask(batch).sum() / tokens)
     return sums, gap
 
 
-def score(learner: Learner, items: Sequence[Experience], options: TrainOptions
-          ) -> tuple[Experience | None, Tensor, Tensor]:
-    """Join experiences and score their answers: (batch, log_probs (N, T), entropy (N, T)); batch None without any.
+def log_probs_of(learner: Learner, items: Sequence[Experience], options: TrainOptions
+                 ) -> tuple[Experience | None, Tensor, Tensor]:
+    """Join experiences: (batch, its log_probs (N, T) under the policy, entropy (N, T)); batch None without any.
 
     Where weights are sharded, every pass gathers every layer in all processes: one without products, or without photos
     while the vision trains, computes the idle product as well, with no part in the loss.
@@ -208,15 +208,14 @@ def pretend(policy: Policy, prompt: Prompt, group_size: int, length: int, featur
     """Make a group of answers of one length that nobody gave; they are worth nothing."""
     completions = policy.stop_ids[:1].expand(group_size, length)
     zeros = torch.zeros(group_size, length, device=policy.device)
-    return make_experience(prompt, completions, torch.ones_like(completions, dtype=torch.bool), action_log_probs=zeros,
-                           log_probs_ref=zeros, returns=zeros[:, 0], advantages=zeros[:, 0],
-                           truncated=torch.zeros(group_size, dtype=torch.bool, device=policy.device),
-                           features=None if features is None else tuple(features))
+    return Experience(completions, torch.ones_like(completions, dtype=torch.bool), zeros, zeros, zeros[:, 0],
+                      zeros[:, 0], torch.zeros(group_size, dtype=torch.bool, device=policy.device), (prompt,),
+                      None if features is None else tuple(features))
 
 
 def micro_batches(items: Sequence[Experience], size: int) -> Iterator[list[Experience]]:
     """Cut experiences into batches of at most `size` products, similar prompt lengths together."""
-    ordered = sorted(items, key=lambda item: item.sequences.shape[1] - item.action_mask.shape[1])
+    ordered = sorted(items, key=lambda item: len(item.prompts[0].input_ids))
     for start in range(0, len(ordered), size):
         yield ordered[start:start + size]
 

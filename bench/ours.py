@@ -50,8 +50,7 @@ def our_step(run: Run, options: TrainOptions, step: int, meter: Meter, rewards: 
         if failures:
             raise RuntimeError(str(failures[0]))
         for group in groups if rewards else ():
-            group.rewards = [replace(part, reward=reward) for part, reward in
-                             zip(group.rewards, rewards, strict=True)]
+            group.parts = [replace(part, reward=reward) for part, reward in zip(group.parts, rewards, strict=True)]
     with meter.phase("reference"):
         buffer = fill_buffer(groups, run, options)
     with meter.phase("train"):

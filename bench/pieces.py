@@ -49,7 +49,7 @@ from meter import Meter, keep_memory
 from models import policy as policy_file
 from models.loading import load_weights
 from ours import make_run, measured_step, step_options
-from replay_buffer import ReplayBuffer, join_experiences, split_experience
+from replay_buffer import ReplayBuffer, join_experiences
 from reward import score_answer
 from rollout import PromptEncoder
 from sheets.samples import Sample, cached_photo_path, load_photos, load_samples
@@ -102,7 +102,6 @@ def step_pieces(run: Run, options: Any, groups: list[Any], repeats: int) -> list
     """Reward and buffer: name, CPU seconds a call, calls a step."""
     without_reference = replace(run, reference=None)
     buffer = fill_buffer(groups * PRODUCTS, without_reference, options)
-    joined = join_experiences(buffer.items)
 
     def minibatches() -> None:
         full = ReplayBuffer(items=buffer.items)
@@ -113,7 +112,6 @@ def step_pieces(run: Run, options: Any, groups: list[Any], repeats: int) -> list
             ("group to buffer", cpu_seconds(lambda: fill_buffer(groups, without_reference, options), repeats), 1),
             ("join a group", cpu_seconds(lambda: join_experiences(buffer.items[:1]), repeats), 2),
             (f"join {PRODUCTS} groups", cpu_seconds(lambda: join_experiences(buffer.items), repeats), 0),
-            (f"split {PRODUCTS} groups", cpu_seconds(lambda: split_experience(joined), repeats), 0),
             (f"minibatches of {PRODUCTS} groups", cpu_seconds(minibatches, repeats), 0)]
 
 
@@ -157,7 +155,7 @@ def take_apart(run: Run, options: Any, case: Case, sample: Sample, repeats: int)
         for name in ("photo_features", "sample", "log_probs"):
             charge_calls(policy, name, meter, "policy")
     charge_calls(run.learner.optimizer, "step", meter, "model")
-    shared = [(torch.Tensor, "backward"), (policy_file, "score_tokens"), (policy_file, "distribution")]
+    shared = [(torch.Tensor, "backward"), (policy_file, "token_log_probs"), (policy_file, "distribution")]
     stock = [getattr(owner, name) for owner, name in shared]
     for owner, name in shared:
         charge_calls(owner, name, meter, "model")

@@ -81,7 +81,7 @@ def evaluate(encoder: PromptEncoder, samples: Sequence[Sample], num_samples: int
                                       max_length, f"evaluate/{seed}", batch_size)
     if scorer is not None:
         scorer.rescore(groups)
-    return [Record(group.sample, group.answers, group.rewards) for group in groups], failures
+    return [Record(group.sample, group.answers, group.parts) for group in groups], failures
 
 
 def summarise(records: Sequence[Record]) -> dict[str, float]:

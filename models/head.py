@@ -1,6 +1,6 @@
-"""From hidden states to log-probs, in float32, at a temperature and without banned ids: sampling and scoring alike.
+"""From hidden states to log-probs, in float32, at a temperature and without banned ids: in sampling and update alike.
 
-Scoring wants one number of each row of logits, so the rows are computed in chunks and, beyond one chunk, again in the
+An update wants one number of each row of logits, so the rows are computed in chunks and, beyond one chunk, again in the
 backward pass: what is held at once does not grow with the number of tokens.
 """
 
@@ -18,14 +18,14 @@ def distribution(head: nn.Module, hidden: Tensor, temperature: float | None, ban
     return _log_softmax(head(hidden), temperature or 1.0, banned)
 
 
-def score_tokens(head: nn.Linear, hidden: Tensor, tokens: Tensor, temperature: float, banned: Tensor,
+def token_log_probs(head: nn.Linear, hidden: Tensor, tokens: Tensor, temperature: float, banned: Tensor,
                  with_entropy: bool = True, chunk_numbers: int = CHUNK_NUMBERS) -> tuple[Tensor, Tensor]:
     """Log-probs of the tokens (n,) that hidden states (n, d) predict; and the entropy there, without gradient: (n,).
 
     with_entropy False leaves the entropy 0.
     """
     rows = max(1, chunk_numbers // head.weight.shape[0])
-    return _ScoreTokens.apply(hidden, head.weight, tokens, temperature, banned, with_entropy, rows)
+    return _TokenLogProbs.apply(hidden, head.weight, tokens, temperature, banned, with_entropy, rows)
 
 
 def _log_softmax(logits: Tensor, temperature: float, banned: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def _log_softmax(logits: Tensor, temperature: float, banned: Tensor) -> Tensor:
     return logits.index_fill_(-1, banned, -torch.inf).log_softmax(-1)
 
 
-class _ScoreTokens(torch.autograd.Function):
+class _TokenLogProbs(torch.autograd.Function):
     """d log p(token) / d logits = (one at the token - p) / temperature, a chunk of rows at a time."""
 
     @staticmethod

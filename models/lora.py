@@ -1,7 +1,7 @@
 """Adapters by peft: put on a model in place, load, save; and the 4-bit base that may lie under them.
 
 The adapter sits inside the model's own linear layers, so the model keeps its class and everything that knows it goes
-on working. There is no dropout in an adapter: sampling and scoring must see the same network.
+on working. There is no dropout in an adapter: sampling and update must see the same network.
 """
 
 from pathlib import Path

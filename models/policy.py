@@ -1,7 +1,7 @@
-"""The policy and its reference: embed a prompt once, sample a group, score a group; what trains.
+"""The policy and its reference: embed a prompt once, sample a group, take a group's log-probs; what trains.
 
 Device and dtype are handled here and in models.py, nowhere else. Weights that train are float32; with --dtype bfloat16
-the matrix products run under autocast. Dropout is never active (eval mode), so sampling and scoring see the same
+the matrix products run under autocast. Dropout is never active (eval mode), so sampling and update see the same
 network.
 """
 
@@ -21,7 +21,7 @@ from config import TrainOptions
 from models import lora, shared_prefix
 from models.decoding import PackedWriter, PlainWriter
 from models.family import ModelError, Prompt
-from models.head import distribution, score_tokens
+from models.head import distribution, token_log_probs
 from models.loading import DTYPES, choose_device, family_of, load_minicpm, load_weights, stop_token_ids
 
 
@@ -218,7 +218,7 @@ class Policy:
     def log_probs(self, prompts: Sequence[Prompt], completions: Tensor, action_mask: Tensor, temperature: float,
                   features: Sequence[Tensor | None] | None = None, exact_path: bool | None = None,
                   with_entropy: bool = True) -> tuple[Tensor, Tensor]:
-        """Score answers: log-probs of the tokens taken, and the entropy at each token without gradient.
+        """Take answers' log-probs: of the tokens taken, and the entropy at each token without gradient.
 
         completions, action_mask: (B * G, T), G rows a prompt in order. Returns two (B * G, T) float32, 0 where masked.
         features: reuse encoded photos; None encodes them here, with gradient where the vision trains.
@@ -236,7 +236,7 @@ class Policy:
         if features is None:
             features = self.family.photo_features(self.model, prompts)
         hidden = rows(prompts, features, completions, action_mask)  # (tokens, d)
-        taken, entropy = score_tokens(self._head, hidden, completions[action_mask], temperature, self._banned,
+        taken, entropy = token_log_probs(self._head, hidden, completions[action_mask], temperature, self._banned,
                                       with_entropy)
         zeros = torch.zeros(action_mask.shape, device=self.device)
         return zeros.masked_scatter(action_mask, taken), zeros.masked_scatter(action_mask, entropy)
@@ -257,7 +257,7 @@ class Policy:
         """The slow twin of _shared_rows: a row an answer, the prompt computed for each."""
         group_size, columns = len(completions) // len(prompts), completions.shape[1]
         prefix = self._embed(prompts, features, left=True).repeated(group_size)
-        # Behind a stop token nothing is read: no token sees it, and the scores there are left out.
+        # Behind a stop token nothing is read: no token sees it, and the log-probs there are left out.
         rows = prefix.followed_by(self._embed_tokens(completions),
                                   torch.arange(columns, device=self.device).expand(len(completions), -1))
         hidden = self._forward(rows, [photo for photo in features for _ in range(group_size)]).last_hidden_state

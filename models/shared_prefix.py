@@ -1,4 +1,4 @@
-"""Score a group on one row: [prompt | answer 1 | answer 2 | ...], the prompt computed once.
+"""A group on one row: [prompt | answer 1 | answer 2 | ...], the prompt computed once.
 
 Embeddings, norms, projections and MLPs run over the whole row; only the token mixers split. Full attention: the
 prompt attends to itself causally, each answer to the prompt's keys and to its own. Gated delta net: the prompt's final
@@ -161,7 +161,7 @@ def _answer_mask(lengths: Tensor, prompt_columns: int, owner: Tensor, dtype: tor
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a mask of what is seen into one that is added to the scores: 0 or -inf."""
+    """Turn a mask of what is seen into one that is added to attention's logits: 0 or -inf."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 

@@ -12,10 +12,9 @@ from replay_buffer import Experience
 def experience(old, advantages, mask, ref=None, truncated=None):
     old = torch.tensor(old)
     mask = torch.tensor(mask)
-    return Experience(sequences=torch.zeros(len(mask), mask.shape[1] + 1, dtype=torch.long), action_log_probs=old,
-                      log_probs_ref=None if ref is None else torch.tensor(ref),
-                      returns=torch.zeros(len(mask)), advantages=torch.tensor(advantages),
-                      attention_mask=torch.ones(len(mask), mask.shape[1] + 1, dtype=torch.bool), action_mask=mask,
+    return Experience(completions=torch.zeros(mask.shape, dtype=torch.long), action_mask=mask, old_log_probs=old,
+                      ref_log_probs=None if ref is None else torch.tensor(ref), rewards=torch.zeros(len(mask)),
+                      advantages=torch.tensor(advantages),
                       truncated=None if truncated is None else torch.tensor(truncated))
 
 
@@ -76,11 +75,14 @@ def test_clipped_loss(loss_type, expected):
     loss, kl = objective(torch.tensor(NEW), experience(OLD, ADVANTAGES, MASK))
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     assert kl == 0
-    assert float(objective.metrics["ratio"]) == pytest.approx((1.5 + 0.5 + 0.5) / 3, rel=1e-5)
-    assert float(objective.metrics["clip_fraction"]) == pytest.approx(2 / 3)
+    terms = objective.terms(torch.tensor(NEW), experience(OLD, ADVANTAGES, MASK))
+    assert float(terms.total_loss) == pytest.approx(expected, rel=1e-5) and terms.kl_divergence == 0
+    assert float(terms.ratio) == pytest.approx((1.5 + 0.5 + 0.5) / 3, rel=1e-5)
+    assert float(terms.clip_fraction) == pytest.approx(2 / 3)
+    assert float(terms.entropy) == pytest.approx(-(LOG(0.3) + LOG(0.2) + LOG(0.2)) / 3, rel=1e-5)
     entropy = torch.tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]])
-    objective(torch.tensor(NEW), experience(OLD, ADVANTAGES, MASK), entropy)
-    assert float(objective.metrics["entropy"]) == pytest.approx(3.0)
+    terms = objective.terms(torch.tensor(NEW), experience(OLD, ADVANTAGES, MASK), entropy)
+    assert float(terms.entropy) == pytest.approx(3.0)
 
 
 def test_upper_clip_of_its_own():

@@ -1,10 +1,9 @@
-"""Join, split, minibatches, saving: nothing lost, nothing mixed up."""
+"""Join, minibatches, saving: nothing lost, nothing mixed up."""
 
-import pytest
 import torch
 
 from models.family import Prompt
-from replay_buffer import Experience, ReplayBuffer, join_experiences, make_experience, split_experience
+from replay_buffer import Experience, ReplayBuffer, join_experiences
 
 
 def group(prompt_length, lengths, seed):
@@ -17,15 +16,15 @@ def group(prompt_length, lengths, seed):
         return torch.rand(*shape, generator=generator)
 
     prompt = Prompt(torch.randint(1, 99, (prompt_length,), generator=generator), {"pixel_values": draw(1, 3, 4, 8)})
-    return make_experience(prompt, torch.randint(1, 99, (rows, columns), generator=generator), mask,
-                           action_log_probs=draw(rows, columns), log_probs_ref=draw(rows, columns),
-                           returns=draw(rows), advantages=draw(rows), truncated=draw(rows) > 0.5,
-                           features=(draw(3, 4),), sources=(f"sheet row {seed}",))
+    return Experience(torch.randint(1, 99, (rows, columns), generator=generator), mask, draw(rows, columns),
+                      draw(rows, columns), draw(rows), draw(rows), draw(rows) > 0.5, (prompt,), (draw(3, 4),),
+                      (f"sheet row {seed}",))
 
 
 def same(one: Experience, other: Experience) -> bool:
-    tensors = zip(one._tensors().items(), other._tensors().items(), strict=True)
-    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in tensors) and one.sources == other.sources \
+    tensors = ("completions", "action_mask", "old_log_probs", "ref_log_probs", "rewards", "advantages", "truncated")
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in tensors) \
+        and one.sources == other.sources \
         and all(torch.equal(x, y) for x, y in zip(one.features, other.features, strict=True)) \
         and all(torch.equal(x.input_ids, y.input_ids) and x.photos.keys() == y.photos.keys()
                 for x, y in zip(one.prompts, other.prompts, strict=True))
@@ -34,40 +33,22 @@ def same(one: Experience, other: Experience) -> bool:
 GROUPS = [group(5, [3, 1], 1), group(2, [2, 4], 2), group(7, [1, 1], 3)]
 
 
-def test_join_pads_prompts_left_and_completions_right():
+def test_join_pads_completions_right_and_keeps_prompts_once():
     batch = join_experiences(GROUPS[:2])
-    assert batch.sequences.shape == (4, 5 + 4) and batch.action_mask.shape == (4, 4)
-    assert batch.attention_mask[2].tolist() == [False] * 3 + [True] * 2 + [True, True, False, False]
-    assert torch.equal(batch.completions[2, :4], GROUPS[1].completions[0])
-    assert torch.equal(batch.sequences[2, 3:5], GROUPS[1].prompts[0].input_ids)
+    assert batch.completions.shape == batch.old_log_probs.shape == batch.ref_log_probs.shape == (4, 4)
+    assert torch.equal(batch.completions[2], GROUPS[1].completions[0])
+    assert torch.equal(batch.completions[0, :3], GROUPS[0].completions[0]) and batch.completions[0, 3] == 0
     assert batch.action_mask.sum(1).tolist() == [3, 1, 2, 4]
+    assert torch.equal(batch.rewards, torch.cat([GROUPS[0].rewards, GROUPS[1].rewards]))
+    assert batch.prompts == GROUPS[0].prompts + GROUPS[1].prompts and len(batch.features) == 2
     assert batch.sources == ("sheet row 1", "sheet row 2")
-
-
-def test_split_undoes_join():
-    parts = split_experience(join_experiences(GROUPS))
-    assert len(parts) == 3
-    assert all(same(part, original) for part, original in zip(parts, GROUPS, strict=True))
 
 
 def test_optional_fields_stay_absent():
     bare = group(3, [2, 2], 9)
-    bare.log_probs_ref, bare.features = None, None
+    bare.ref_log_probs, bare.truncated, bare.features = None, None, None
     batch = join_experiences([bare, bare])
-    assert batch.log_probs_ref is None and batch.features is None
-    assert split_experience(batch)[1].log_probs_ref is None
-
-
-def test_append_splits_joined_groups_and_the_oldest_go_first():
-    buffer = ReplayBuffer(limit=2)
-    buffer.append(join_experiences(GROUPS))
-    assert len(buffer) == 2 and same(buffer[0], GROUPS[1]) and same(buffer[1], GROUPS[2])
-    unlimited = ReplayBuffer()
-    for item in GROUPS * 5:
-        unlimited.append(item)
-    assert len(unlimited) == 15
-    unlimited.clear()
-    assert len(unlimited) == 0 and list(unlimited.minibatches(2, 4, 0)) == []
+    assert batch.ref_log_probs is None and batch.truncated is None and batch.features is None
 
 
 def test_minibatches_cover_every_group_once_an_epoch_and_drop_none():
@@ -84,23 +65,8 @@ def test_minibatches_cover_every_group_once_an_epoch_and_drop_none():
     assert len(next(buffer.minibatches(1, None, 0))) == 7
 
 
-def test_sample_draws_different_groups():
-    buffer = ReplayBuffer(items=list(GROUPS))
-    assert sorted(buffer.sample(3, seed=1).sources) == ["sheet row 1", "sheet row 2", "sheet row 3"]
-    assert buffer.sample(2, seed=4).sources == buffer.sample(2, seed=4).sources
-    with pytest.raises(ValueError):
-        buffer.sample(4)
-
-
 def test_state_survives_saving(tmp_path):
-    buffer = ReplayBuffer(limit=5, items=list(GROUPS))
-    torch.save(buffer.state_dict(), tmp_path / "buffer.pt")
+    torch.save(ReplayBuffer(items=list(GROUPS)).state_dict(), tmp_path / "buffer.pt")
     loaded = ReplayBuffer()
     loaded.load_state_dict(torch.load(tmp_path / "buffer.pt", weights_only=True))
-    assert loaded.limit == 5 and all(same(one, other) for one, other in zip(loaded.items, GROUPS, strict=True))
-
-
-def test_to_moves_row_tensors_and_features_and_leaves_prompts():
-    moved = GROUPS[0].to("meta")
-    assert {tensor.device.type for tensor in moved._tensors().values()} == {"meta"}
-    assert moved.features[0].device.type == "meta" and moved.prompts[0].input_ids.device.type == "cpu"
+    assert len(loaded.items) == 3 and all(same(one, other) for one, other in zip(loaded.items, GROUPS, strict=True))

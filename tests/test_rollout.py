@@ -28,7 +28,7 @@ def test_public_rollout_scores_a_group_of_twelve(dense_policy):
     group = rollout(dense_policy.model, dense_policy.tokenizer, dense_policy.image_processor, "a mug",
                     [noise_photo(1), noise_photo(2)], "12 8 15")
     assert len(group.answers) == len(group.rewards) == len(group.completions) == 12
-    assert all(0 <= part.reward <= 1 for part in group.rewards)
+    assert all(0 <= reward <= 1 for reward in group.rewards)
     assert group.action_mask.shape == group.old_log_probs.shape == group.completions.shape
     assert (group.old_log_probs[group.action_mask] < 0).all()
     assert len(set(group.answers)) > 1

@@ -40,9 +40,9 @@ MEANINGS = {
                      "are a lot, a steep rise says that the learning rate is too high",
     "entropy": "mean entropy of the next token, in nats; near 0 all answers of a group are alike and learning ends",
     "ratio": "mean of pi / pi_old over tokens; 1 when nothing has moved since sampling",
-    "first_ratio": "the same at the step's first minibatch, before any weight has moved: 1, or sampling and scoring "
+    "first_ratio": "the same at the step's first minibatch, before any weight has moved: 1, or sampling and update "
                    "differ",
-    "log_prob_gap": "largest difference between log-probs at sampling and at scoring, before any weight has moved",
+    "log_prob_gap": "largest difference between log-probs at sampling and at the update, before any weight has moved",
     "clip_fraction": "share of tokens whose ratio lies outside the clip range",
     "grad_norm": "the gradient's norm before clipping",
     "skipped_minibatches": "minibatches left out for a loss or gradient that was not finite",
@@ -87,9 +87,9 @@ def log_groups(writer: Curves, groups: Sequence[Group], items: Sequence[Experien
     """
     if not groups:
         return
-    writer.add_histogram("rewards", np.array([part.reward for group in groups for part in group.rewards]), step)
+    writer.add_histogram("rewards", np.array([reward for group in groups for reward in group.rewards]), step)
     for side in ("largest", "middle", "smallest"):
-        errors = [error for group in groups for part in group.rewards
+        errors = [error for group in groups for part in group.parts
                   if (error := measures.side_error(part.errors, side)) is not None]
         if errors:
             writer.add_scalar(f"errors/{side}", fmean(min(error, 1.0) for error in errors), step)
@@ -100,7 +100,7 @@ def log_groups(writer: Curves, groups: Sequence[Group], items: Sequence[Experien
 
 def telling(groups: Sequence[Group]) -> dict[str, int]:
     """Pick the groups that say most: where answers differ most, and where they are worst."""
-    rewards = [[part.reward for part in group.rewards] for group in groups]
+    rewards = [group.rewards for group in groups]
     return {"widest spread": max(range(len(groups)), key=lambda place: pstdev(rewards[place])),
             "lowest reward": min(range(len(groups)), key=lambda place: fmean(rewards[place]))}
 
@@ -114,14 +114,14 @@ def log_held_out(writer: Curves, encoder: PromptEncoder, held_out: Sequence[Samp
                                options.max_length, f"shown/{options.seed}", options.rollout_batch_size)
     scorer.rescore(groups)
     for number, group in enumerate(groups, start=1):
-        rewards = torch.tensor([part.reward for part in group.rewards])
-        advantages = group_advantages(rewards, std_floor=options.std_floor, scale=options.scale_advantages)
+        advantages = group_advantages(torch.tensor(group.rewards), std_floor=options.std_floor,
+                                      scale=options.scale_advantages)
         log_candidates(writer, f"held out/product {number}", group, advantages.tolist(), step)
 
 
 def log_candidates(writer: Curves, tag: str, group: Group, advantages: Sequence[float], step: int) -> None:
     """Write a product's photos, and a table of its candidates, the best first."""
-    writer.add_text(f"{tag}/candidates", candidate_table(group.sample, group.answers, group.rewards, advantages), step)
+    writer.add_text(f"{tag}/candidates", candidate_table(group.sample, group.answers, group.parts, advantages), step)
     try:
         photos = load_photos(group.sample)
     except PhotoError as problem:

@@ -15,19 +15,20 @@ LIMITS = {torch.float32: (1e-3, 1e-2), torch.bfloat16: (0.5, 0.3)}
 
 
 def check_fast_path(policy: Policy, reference: Policy | None, group: Group, temperature: float) -> None:
-    """Score one group on its shared row and answer by answer; raises ModelError naming what differs.
+    """Take one group's log-probs on its shared row and answer by answer; raises ModelError naming what differs.
 
     Compared are the log-probs taken while sampling, those of policy and reference, and the policy's gradient. The slow
     pass takes one answer at a time, so it needs no more memory than training does.
     """
     log_prob_limit, gradient_limit = LIMITS[policy.dtype]
     probes = choose_probes(policy)
-    shared, shared_gradient = score(policy, group, temperature, probes, exact_path=False)
-    exact, exact_gradient = score(policy, group, temperature, probes, exact_path=True)
+    shared, shared_gradient = log_probs_and_gradient(policy, group, temperature, probes, exact_path=False)
+    exact, exact_gradient = log_probs_and_gradient(policy, group, temperature, probes, exact_path=True)
     gaps = {"sampled": float((group.old_log_probs - exact).abs().max()),
-            "scored": float((shared - exact).abs().max())}
+            "updated": float((shared - exact).abs().max())}
     if reference is not None:
-        pair = [score(reference, group, temperature, [], exact_path=exact_path)[0] for exact_path in (False, True)]
+        pair = [log_probs_and_gradient(reference, group, temperature, [], exact_path=exact_path)[0]
+                for exact_path in (False, True)]
         gaps["reference"] = float((pair[0] - pair[1]).abs().max())
     for name, gap in gaps.items():
         if not gap < log_prob_limit:  # so that NaN is caught as well
@@ -50,17 +51,17 @@ def choose_probes(policy: Policy) -> list[nn.Parameter]:
             if parameter.requires_grad and parameter.numel() <= 2 ** 20]
 
 
-def score(policy: Policy, group: Group, temperature: float, probes: Sequence[nn.Parameter], exact_path: bool
-          ) -> tuple[Tensor, Tensor]:
+def log_probs_and_gradient(policy: Policy, group: Group, temperature: float, probes: Sequence[nn.Parameter],
+                           exact_path: bool) -> tuple[Tensor, Tensor]:
     """Log-probs (G, T) and the gradient of their sum at the probes, as one vector."""
     parts = [slice(row, row + 1) for row in range(len(group.completions))] if exact_path else [slice(None)]
     log_probs, gradient = [], torch.zeros(())
     for part in parts:
         with torch.set_grad_enabled(bool(probes)):
-            scored, _ = policy.log_probs([group.prompt], group.completions[part], group.action_mask[part], temperature,
-                                         exact_path=exact_path, with_entropy=False)
+            found, _ = policy.log_probs([group.prompt], group.completions[part], group.action_mask[part], temperature,
+                                        exact_path=exact_path, with_entropy=False)
         if probes:
-            own = torch.autograd.grad(scored.sum(), probes)
-            gradient = gradient.to(scored.device) + torch.cat([each.float().flatten() for each in own])
-        log_probs.append(scored.detach())
+            own = torch.autograd.grad(found.sum(), probes)
+            gradient = gradient.to(found.device) + torch.cat([each.float().flatten() for each in own])
+        log_probs.append(found.detach())
     return torch.cat(log_probs), gradient

@@ -61,7 +61,7 @@ def longest_answers(policy: Policy, prompt: Prompt, options: TrainOptions) -> Ex
     """A group of the longest answers to a product, as an update would meet it."""
     features = None if options.train_vision else policy.photo_features([prompt])
     item = pretend(policy, prompt, options.group_size, options.max_length, features)
-    return item if options.kl_weight else replace(item, log_probs_ref=None)
+    return item if options.kl_weight else replace(item, ref_log_probs=None)
 
 
 def largest_product(encoder: PromptEncoder, products: Sequence[Sample]) -> tuple[Sample | None, Prompt | None]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.head import distribution, score_tokens
+from models.head import distribution, token_log_probs
 
 NONE = torch.tensor([], dtype=torch.long)
 
@@ -26,7 +26,7 @@ def by_hand_head():
 def test_by_hand():
     hidden = torch.ones(2, 1, dtype=torch.float64, requires_grad=True)
     head = by_hand_head()
-    log_probs, entropy = score_tokens(head, hidden, torch.tensor([0, 1]), 1.0, NONE)
+    log_probs, entropy = token_log_probs(head, hidden, torch.tensor([0, 1]), 1.0, NONE)
     assert log_probs.tolist() == pytest.approx([math.log(1 / 4), math.log(3 / 4)])
     assert entropy.tolist() == pytest.approx([-(math.log(1 / 4) + 3 * math.log(3 / 4)) / 4] * 2)
     log_probs.sum().backward()
@@ -37,9 +37,9 @@ def test_by_hand():
 
 def test_temperature_and_banned_ids_by_hand():
     hidden = torch.tensor([[2.0]], dtype=torch.float64)  # logits 0 and 2 log 3, at temperature 2 again 0 and log 3
-    log_probs, _ = score_tokens(by_hand_head(), hidden, torch.tensor([0]), 2.0, NONE)
+    log_probs, _ = token_log_probs(by_hand_head(), hidden, torch.tensor([0]), 2.0, NONE)
     assert log_probs.item() == pytest.approx(math.log(1 / 4))
-    log_probs, entropy = score_tokens(by_hand_head(), hidden, torch.tensor([0]), 2.0, torch.tensor([1]))
+    log_probs, entropy = token_log_probs(by_hand_head(), hidden, torch.tensor([0]), 2.0, torch.tensor([1]))
     assert log_probs.item() == entropy.item() == 0
     assert distribution(by_hand_head(), hidden, 2.0, torch.tensor([1])).tolist() == [[0, -math.inf]]
 
@@ -51,8 +51,8 @@ def test_chunks_give_what_plain_log_softmax_gives(rows):
     tokens, weights = torch.tensor([0, 1, 3, 4, 6, 10, 9]), torch.randn(7, dtype=torch.float64)
     plain = distribution(head, hidden, 0.7, banned)
     wanted = torch.autograd.grad((plain.gather(1, tokens[:, None])[:, 0] * weights).sum(), (hidden, head.weight))
-    log_probs, entropy = score_tokens(head, hidden, tokens, 0.7, banned, chunk_numbers=rows * 11)
-    without, nothing = score_tokens(head, hidden, tokens, 0.7, banned, with_entropy=False, chunk_numbers=rows * 11)
+    log_probs, entropy = token_log_probs(head, hidden, tokens, 0.7, banned, chunk_numbers=rows * 11)
+    without, nothing = token_log_probs(head, hidden, tokens, 0.7, banned, with_entropy=False, chunk_numbers=rows * 11)
     assert torch.equal(without, log_probs) and not nothing.any()
     found = torch.autograd.grad((log_probs * weights).sum(), (hidden, head.weight))
     assert torch.allclose(log_probs, plain.gather(1, tokens[:, None])[:, 0].float(), atol=1e-6)
@@ -64,15 +64,15 @@ def test_chunks_give_what_plain_log_softmax_gives(rows):
 def test_a_frozen_head_gets_no_gradient():
     head = make_head().requires_grad_(False)
     hidden = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    score_tokens(head, hidden, torch.arange(4), 1.0, NONE, chunk_numbers=22)[0].sum().backward()
+    token_log_probs(head, hidden, torch.arange(4), 1.0, NONE, chunk_numbers=22)[0].sum().backward()
     assert head.weight.grad is None and hidden.grad is not None
     with torch.no_grad():
-        assert not score_tokens(head, hidden, torch.arange(4), 1.0, NONE)[0].requires_grad
+        assert not token_log_probs(head, hidden, torch.arange(4), 1.0, NONE)[0].requires_grad
 
 
 def test_no_tokens_at_all():
     hidden = torch.zeros(0, 6, dtype=torch.float64, requires_grad=True)
-    log_probs, entropy = score_tokens(make_head(), hidden, NONE, 1.0, NONE)
+    log_probs, entropy = token_log_probs(make_head(), hidden, NONE, 1.0, NONE)
     log_probs.sum().backward()
     assert len(log_probs) == len(entropy) == 0 and hidden.grad.shape == (0, 6)
 
@@ -85,7 +85,7 @@ def test_logits_are_held_once_in_one_chunk_and_not_at_all_in_many(chunk_numbers,
 
     head = make_head(500, 6, torch.float32)
     hidden = torch.randn(40, 6, requires_grad=True)
-    log_probs, _ = score_tokens(head, hidden, torch.arange(40), 1.0, NONE, chunk_numbers=chunk_numbers)
+    log_probs, _ = token_log_probs(head, hidden, torch.arange(40), 1.0, NONE, chunk_numbers=chunk_numbers)
     gc.collect()
     big = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.numel() >= 3 * 500
            and each.shape[-1] == 500]
@@ -96,10 +96,10 @@ def test_logits_are_held_once_in_one_chunk_and_not_at_all_in_many(chunk_numbers,
 def test_bfloat16_computes_in_bfloat16():
     head = make_head(50, 6, torch.float32)
     hidden = torch.randn(8, 6, requires_grad=True)
-    exact, _ = score_tokens(head, hidden, torch.arange(8), 1.0, NONE)
+    exact, _ = token_log_probs(head, hidden, torch.arange(8), 1.0, NONE)
     exact_grad, = torch.autograd.grad(exact.sum(), head.weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded, _ = score_tokens(head, hidden, torch.arange(8), 1.0, NONE)
+        rounded, _ = token_log_probs(head, hidden, torch.arange(8), 1.0, NONE)
     grad, = torch.autograd.grad(rounded.sum(), head.weight)
     assert rounded.dtype == grad.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.05

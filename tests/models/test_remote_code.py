@@ -26,7 +26,7 @@ from models import remote_code
 from models.family import ModelError
 from models.loading import load_minicpm, load_weights
 from models.policy import Policy
-from replay_buffer import ReplayBuffer, make_experience
+from replay_buffer import Experience, ReplayBuffer
 from rollout import draw_uniforms
 from standin_minicpm import build, edit, write_standin, write_weights
 from test_layout import FLOORS, path_of
@@ -210,8 +210,7 @@ def test_prompts_are_plain_tensors_for_the_buffer(remote_policy, tmp_path):
     answers, mask = torch.tensor([[40, 41]]), torch.ones(1, 2, dtype=torch.bool)
     zeros = torch.zeros(1, 2)
     buffer = ReplayBuffer()
-    buffer.append(make_experience(prompt, answers, mask, action_log_probs=zeros, log_probs_ref=zeros,
-                                  returns=torch.zeros(1), advantages=torch.zeros(1)))
+    buffer.append(Experience(answers, mask, zeros, zeros, torch.zeros(1), torch.zeros(1), prompts=(prompt,)))
     torch.save(buffer.state_dict(), tmp_path / "buffer.pt")
     again = ReplayBuffer()
     again.load_state_dict(torch.load(tmp_path / "buffer.pt", weights_only=True))

@@ -217,7 +217,7 @@ def test_a_bad_batch_is_kept_for_inspection(shop, tmp_path, said):
     kept = ReplayBuffer()
     kept.load_state_dict(torch.load(Path(options.output_dir) / "bad_batch_step_000007.pt", weights_only=True))
     assert {item.sources for item in kept.items} == {item.sources for item in buffer.items}
-    assert all(any(torch.equal(one.sequences, other.sequences) for other in buffer.items) for one in kept.items)
+    assert all(any(torch.equal(one.completions, other.completions) for other in buffer.items) for one in kept.items)
 
 
 def test_a_full_disk_costs_no_more_than_the_bad_batch(tmp_path, said, monkeypatch):
@@ -246,7 +246,7 @@ def test_bounds_are_looked_at_every_step(shop, tmp_path, said):
 
 def out_of_memory_above(products, monkeypatch):
     """Plant an OutOfMemoryError in every pass of more than so many products; returns the sizes tried."""
-    good, sizes = update.score, []
+    good, sizes = update.log_probs_of, []
 
     def limited(learner, items, options):
         sizes.append(len(items))
@@ -254,7 +254,7 @@ def out_of_memory_above(products, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nDetails")
         return good(learner, items, options)
 
-    monkeypatch.setattr(update, "score", limited)
+    monkeypatch.setattr(update, "log_probs_of", limited)
     return sizes
 
 

@@ -67,12 +67,12 @@ def states_forgotten(good, packed, module, mixed, beta, decay):
 
 
 FAULTS = {
-    "scoring: answers see each other": ("scored", spoil_layout(
+    "update: answers see each other": ("updated", spoil_layout(
         lambda answers: replace(answers, mask=torch.zeros_like(answers.mask)))),
-    "scoring: a column of the prompt is not seen": ("scored", spoil_layout(unseen_first_column)),
-    "scoring: positions late by one": ("scored", spoil_layout(
+    "update: a column of the prompt is not seen": ("updated", spoil_layout(unseen_first_column)),
+    "update: positions late by one": ("updated", spoil_layout(
         lambda answers: replace(answers, offsets=answers.offsets + 1))),
-    "scoring: recurrent state of the prompt dropped": ("scored", replace_method(
+    "update: recurrent state of the prompt dropped": ("updated", replace_method(
         shared_prefix.Layout, "_recur_answers", lambda good, layout, module, mixed, beta, decay, tail, state:
         good(layout, module, mixed, beta, decay, tail, torch.zeros_like(state)))),
     "both: convolution of the prompt dropped": ("sampled", replace_method(
@@ -120,7 +120,7 @@ def test_it_says_what_it_found(shop, tmp_path, said):
     training.train(train_options(shop, tmp_path, eval_every=0, max_steps=1))
     lines = [line for line in said if "fast path against one answer at a time" in line]
     assert len(lines) == 1
-    assert all(name in lines[0] for name in ("sampled", "scored", "reference", "gradient"))
+    assert all(name in lines[0] for name in ("sampled", "updated", "reference", "gradient"))
 
 
 def test_a_product_that_can_not_be_rolled_out_is_passed_over(shop, tmp_path, said, monkeypatch):
