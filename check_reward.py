@@ -20,8 +20,10 @@ from loguru import logger
 from config import CheckRewardOptions
 from evidence.measures import unit_slip, volume_error
 from own_reward import Scorer
-from reward import SUCCESS_REWARD, RewardParts, parse_label, read_answer
+from reward import SUCCESS_REWARD, RewardParts
 from sheets.samples import DataError, Sample
+from sizes.answers import read_answer
+from sizes.labels import parse_label
 
 _TINY = 0.01  # a group whose rewards spread less has hardly any signal
 
@@ -76,37 +78,30 @@ def examine(options: CheckRewardOptions) -> str:
     import torch
 
     from config import TrainOptions
-    from evidence.evaluation import evaluate
-    from prompts import read_template
-    from rollout import PromptEncoder
     from sheets.samples import load_samples, require_usable, summarise_problems
-    from training.checkpoint import open_model, options_of, scorer_of
+    from training.trained import asked_otherwise, open_trained, options_of, scorer_of
 
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
-    trained = options_of(options.model_path) or TrainOptions()
-    own_wording = options.prompt_file or options.prompt_language
-    template = read_template(options.prompt_file if own_wording else trained.prompt_file)
+    trained = asked_otherwise(options_of(options.model_path) or TrainOptions(), options.prompt_language,
+                              options.prompt_file, options.temperature, options.max_length)
     scorer = scorer_of(trained, options.reward, options.trust_remote_code)
     cache = options.image_cache_dir or trained.image_cache_dir
-    samples, problems = load_samples(options.data_path, cache, trained.missing_photos)
+    samples, problems = load_samples(options.data_path, cache, trained.missing_photos, reading=options)
     require_usable(samples, problems, options.data_path, cache)
     if problems:
         logger.warning(f"{options.data_path}: rows with problems\n{summarise_problems(problems)}")
     logger.info(scorer.check(samples[0]))
-    policy = open_model(options.model_path, None, trained, options.device, options.trust_remote_code)
-    encoder = PromptEncoder(policy, options.prompt_language or trained.prompt_language, template,
-                            trained.prompt_cache_mb, trained.max_prompt_length)
-    samples = samples[:options.max_products]
-    temperature = trained.temperature if options.temperature is None else options.temperature
-    (groups, failures), (greedy, _) = (
-        evaluate(encoder, samples, options.group_size, heat, options.max_length or trained.max_length, options.seed,
-                 options.eval_batch_size, scorer) for heat in (temperature, None))
+    model = open_trained(trained, options.model_path, None, options.device, options.trust_remote_code, scorer,
+                         options.eval_batch_size)
+    encoder, samples = model.encoder(), samples[:options.max_products]
+    (groups, failures), (greedy, _) = (model.answer(encoder, samples, options.group_size, options.seed, greedy=greedily)
+                                       for greedily in (False, True))
     for failure in failures:
         logger.warning(f"not answered: {failure}")
     if not groups or not greedy:
         raise DataError("no product could be answered; see the warnings above")
-    return "\n".join([f"{len(groups)} products x {options.group_size} answers at temperature {temperature}",
+    return "\n".join([f"{len(groups)} products x {options.group_size} answers at temperature {trained.temperature}",
                       *head_room([group.rewards for group in groups], [record.reward for record in greedy],
                                  fmean(part.valid for group in groups for part in group.parts))])
 

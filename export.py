@@ -28,11 +28,13 @@ from ground.options import sheet_options
 from models.family import ModelError
 from models.loading import stop_token_ids
 from models.lora import base_of, is_adapter
-from models.policy import Policy, load_policy
+from models.policy import Policy
+from own_reward import Scorer
 from prompts import build_prompt, read_template
-from rollout import Group, PromptEncoder, rollout_groups
+from rollout import Group, rollout_groups
 from sheets.samples import DataError, Sample, load_samples, require_usable
-from training.checkpoint import open_model, options_of, save_model
+from training.checkpoint import save_model
+from training.trained import TrainedModel, open_trained, options_of
 
 
 def main(options: ExportOptions) -> None:
@@ -47,8 +49,8 @@ def main(options: ExportOptions) -> None:
     samples = choose_samples(options, trained)
     with whole_folder(Path(options.output_path)) as folder:
         expected = write_model(options, trained, samples, folder)
-        merged = load_policy(str(folder), trained, options.device, options.trust_remote_code)
-        gap = compare_answers(expected, answer(merged, samples, trained))
+        merged = open_trained(trained, str(folder), None, options.device, options.trust_remote_code, Scorer())
+        gap = compare_answers(expected, answer(merged, samples))
     print(f"{len(expected)} products answered alike, log-probs within {gap:.1e}; model to serve: {options.output_path}")
 
 
@@ -56,15 +58,15 @@ def write_model(options: ExportOptions, trained: TrainOptions, samples: Sequence
     """Answer with the checkpoint, then write it, merged, with what a server needs to know; returns the answers."""
     adapter = is_adapter(options.checkpoint_path)
     base_path = options.model_path or (base_of(options.checkpoint_path) if adapter else trained.model_path)
-    policy = open_model(base_path if adapter or options.model_path else "", options.checkpoint_path, trained,
-                        options.device, options.trust_remote_code)
-    expected = answer(policy, samples, trained)
+    model = open_trained(trained, base_path if adapter or options.model_path else "", options.checkpoint_path,
+                         options.device, options.trust_remote_code, Scorer())
+    expected = answer(model, samples)
     if adapter:
-        policy.merge_adapter()
-    save_model(policy, trained, base_path if adapter else options.checkpoint_path, folder)
-    sampling = sampling_settings(policy, trained)
+        model.policy.merge_adapter()
+    save_model(model.policy, trained, base_path if adapter else options.checkpoint_path, folder)
+    sampling = sampling_settings(model.policy, trained)
     _update_json(folder / "generation_config.json", {"do_sample": True, **sampling})
-    _update_json(folder / "serving.json", serving_notes(policy, trained, expected[0], sampling))
+    _update_json(folder / "serving.json", serving_notes(model.policy, trained, expected[0], sampling))
     return expected
 
 
@@ -111,11 +113,9 @@ def choose_samples(options: ExportOptions, trained: TrainOptions) -> list[Sample
                    photos=(), sheet="made up") for number in range(1, options.num_products + 1)]
 
 
-def answer(policy: Policy, samples: Sequence[Sample], trained: TrainOptions) -> list[Group]:
+def answer(model: TrainedModel, samples: Sequence[Sample]) -> list[Group]:
     """Answer each product greedily; raises DataError naming the first that can't be answered."""
-    encoder = PromptEncoder(policy, trained.prompt_language, read_template(trained.prompt_file),
-                            max_prompt_length=trained.max_prompt_length)
-    groups, failures = rollout_groups(encoder, samples, 1, None, trained.max_length, "export", 1)
+    groups, failures = rollout_groups(model.encoder(), samples, 1, None, model.options.max_length, "export", 1)
     if failures:
         raise DataError(f"not answered, so the export can't be checked: {failures[0]}")
     return groups

@@ -15,7 +15,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,18 +23,17 @@ from loguru import logger
 from config import CompareOptions, TrainOptions
 from evidence.charts import curve_svg
 from evidence.comparison import Answers, build_report
-from evidence.evaluation import Record, ablations, evaluate
+from evidence.evaluation import Record, ablations
 from evidence.page import write_page
 from evidence.report import change_lines, confidence_line, summary_table, tables, write_sheet
 from ground.errors import OptionError
 from ground.files import write_json, write_text
 from ground.options import sheet_options
-from models.policy import Policy
 from own_reward import Scorer
 from prompts import read_template
 from rollout import PromptEncoder
 from sheets.samples import DataError, Sample, load_samples, require_usable, split_held_out, summarise_problems
-from training.checkpoint import open_model, options_of, scorer_of
+from training.trained import TrainedModel, open_trained, options_of, scorer_of
 
 # What decides how a model answers; the prompt is compared by its text.
 _ANSWERING = ("prompt_language", "max_slice_nums", "max_pixels", "max_prompt_length", "max_length", "temperature",
@@ -70,14 +68,14 @@ def answers_of_run(options: CompareOptions, trained: TrainOptions, samples: Sequ
                    ) -> Iterator[Answers]:
     """Answer with the model before, the one after and, with --ablate, the one after without the right photos."""
     before_path = options.model_path or trained.model_path
-    policy = open_model(before_path, None, trained, options.device, options.trust_remote_code)
-    answered = partial(answer, samples=samples, options=options, scorer=scorer)
-    yield Answers("before", "before", before_path, *answered(make_encoder(policy, trained), trained))
-    policy.load_weights(options.checkpoint_path)
-    yield Answers("after", "after", options.checkpoint_path, *answered(make_encoder(policy, trained), trained))
+    model = open_trained(trained, before_path, None, options.device, options.trust_remote_code, scorer,
+                         options.eval_batch_size)
+    yield Answers("before", "before", before_path, *answer(model, model.encoder(), samples, options))
+    model.policy.load_weights(options.checkpoint_path)
+    yield Answers("after", "after", options.checkpoint_path, *answer(model, model.encoder(), samples, options))
     if options.ablate:
-        for name, (encoder, others) in ablations(samples, partial(make_encoder, policy, trained)).items():
-            sampled, greedy = answered(encoder, trained, samples=others, both=False)
+        for name, (encoder, others) in ablations(samples, model.encoder).items():
+            sampled, greedy = answer(model, encoder, others, options, both=False)
             yield Answers(name, "ablation", options.checkpoint_path, sampled, greedy)
 
 
@@ -88,18 +86,13 @@ def answers_of_also(options: CompareOptions, trained: TrainOptions, samples: Seq
         own = options_of(path)
         notes = differences(own, trained) if own else (
             "no options.yaml beside it: answered with the prompt and options of the model after",)
-        policy = open_model("", path, own or trained, options.device, options.trust_remote_code)
+        model = open_trained(own or trained, "", path, options.device, options.trust_remote_code, scorer,
+                             options.eval_batch_size)
         for note in notes:
             logger.warning(f"{path}: {note}")
-        sampled, greedy = answer(make_encoder(policy, own or trained), own or trained, samples, options, scorer)
-        del policy  # one model in memory at a time
+        sampled, greedy = answer(model, model.encoder(), samples, options)
+        del model  # one model in memory at a time
         yield Answers(name, "also", path, sampled, greedy, notes)
-
-
-def make_encoder(policy: Policy, trained: TrainOptions, **more: object) -> PromptEncoder:
-    """Prepare prompts as in training."""
-    return PromptEncoder(policy, trained.prompt_language, read_template(trained.prompt_file), trained.prompt_cache_mb,
-                         trained.max_prompt_length, **more)
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
@@ -126,16 +119,16 @@ def differences(own: TrainOptions, trained: TrainOptions) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def answer(encoder: PromptEncoder, trained: TrainOptions, samples: Sequence[Sample], options: CompareOptions,
-           scorer: Scorer, both: bool = True) -> tuple[list[Record], list[Record]]:
+def answer(model: TrainedModel, encoder: PromptEncoder, samples: Sequence[Sample], options: CompareOptions,
+           both: bool = True) -> tuple[list[Record], list[Record]]:
     """Answer all products, sampled and greedily; products that can't be answered are logged.
 
     both: greedily too where answers are sampled.
     """
     results: list[list[Record]] = []
-    for temperature, wanted in ((trained.temperature, not options.greedy), (None, options.greedy or both)):
-        records, failures = evaluate(encoder, samples, options.num_samples, temperature, trained.max_length,
-                                     options.seed, options.eval_batch_size, scorer) if wanted else ([], [])
+    for greedy, wanted in ((False, not options.greedy), (True, options.greedy or both)):
+        records, failures = (model.answer(encoder, samples, options.num_samples, options.seed, greedy) if wanted
+                             else ([], []))
         for failure in failures:
             logger.warning(f"not answered: {failure}")
         if wanted and not records:

@@ -26,15 +26,11 @@ from loguru import logger
 from tqdm import tqdm
 
 from config import AnswerOptions, SheetOptions, TrainOptions
-from evidence.evaluation import Record, evaluate
 from evidence.journal import Journal
 from evidence.report import answer_line, sizes_text, write_sheet
 from ground.files import whole_file
 from ground.options import sheet_options
-from own_reward import Scorer
-from prompts import read_template
-from reward import RewardParts, parse_label
-from rollout import PromptEncoder, RolloutFailure
+from reward import RewardParts
 from sheets.columns import header_number
 from sheets.samples import (
     DataError,
@@ -46,45 +42,23 @@ from sheets.samples import (
     summarise_problems,
 )
 from sheets.table import read_table
-from training.checkpoint import open_model, options_of, scorer_of
+from sizes.labels import parse_label
+from training.trained import TrainedModel, asked_otherwise, open_trained, options_of, scorer_of
 
 _SECONDS, _LARGEST_PHOTO = 20, 30_000_000  # bytes
 
 
-class Answerer:
-    """A model with the prompt, photo budget, sampling and reward it was trained with, where that is known."""
-
-    def __init__(self, options: AnswerOptions):
-        if options.num_threads:
-            torch.set_num_threads(options.num_threads)
-        trained = options_of(options.checkpoint_path or options.model_path)
-        if trained is None:
-            logger.info("no options.yaml with this model: default prompt and photo budget")
-            trained = TrainOptions()
-        self.trained: TrainOptions = trained
-        self.scorer: Scorer = scorer_of(trained, options.reward, options.trust_remote_code)
-        policy = open_model(options.model_path, options.checkpoint_path, trained, options.device,
-                            options.trust_remote_code)
-        own_wording = options.prompt_file or options.prompt_language
-        template = read_template(options.prompt_file if own_wording else trained.prompt_file)
-        self.encoder = PromptEncoder(policy, options.prompt_language or trained.prompt_language, template,
-                                     trained.prompt_cache_mb, trained.max_prompt_length)
-        self.num_samples, self.seed = options.num_samples, options.seed
-        self.batch_size = options.eval_batch_size
-
-    def answer(self, samples: Sequence[Sample]) -> tuple[list[Record], list[RolloutFailure]]:
-        """Answer products; where memory runs out, fewer of them together, from then on."""
-        temperature = self.trained.temperature if self.num_samples > 1 else None
-        records, failures = evaluate(self.encoder, samples, self.num_samples, temperature, self.trained.max_length,
-                                     self.seed, self.batch_size, self.scorer)
-        starved = [failure for failure in failures if failure.reason.startswith("out of memory")]
-        if not starved or self.batch_size == 1:
-            return records, failures
-        self.batch_size //= 2
-        logger.warning(f"out of memory: {self.batch_size} products together from now on")
-        others = [failure for failure in failures if failure not in starved]
-        found, failures = self.answer([failure.sample for failure in starved])
-        return records + found, others + failures
+def open_model(options: AnswerOptions) -> TrainedModel:
+    """Open the model with the prompt, photo budget, sampling and reward it was trained with, where that is known."""
+    if options.num_threads:
+        torch.set_num_threads(options.num_threads)
+    trained = options_of(options.checkpoint_path or options.model_path)
+    if trained is None:
+        logger.info("no options.yaml with this model: default prompt and photo budget")
+    trained = asked_otherwise(trained or TrainOptions(), options.prompt_language, options.prompt_file)
+    scorer = scorer_of(trained, options.reward, options.trust_remote_code)
+    return open_trained(trained, options.model_path, options.checkpoint_path, options.device,
+                        options.trust_remote_code, scorer, options.eval_batch_size)
 
 
 def answer_product(options: AnswerOptions) -> None:
@@ -93,11 +67,12 @@ def answer_product(options: AnswerOptions) -> None:
     for path in options.image:
         if not _is_address(path) and not Path(path).is_file():
             raise PhotoError(f"--image {path}: no such file")
-    answerer = Answerer(options)
-    cache = Path(options.image_cache_dir or answerer.trained.image_cache_dir)
+    model = open_model(options)
+    cache = Path(options.image_cache_dir or model.options.image_cache_dir)
     photos = tuple(fetch_photo(path, cache) if _is_address(path) else Path(path) for path in options.image)
     sample = Sample(row=1, product_id="-", text=str(options.text), label=label, photos=photos, sheet="command line")
-    records, failures = answerer.answer([sample])
+    records, failures = model.answer(model.encoder(), [sample], options.num_samples, options.seed,
+                                     greedy=options.num_samples == 1)
     if failures:
         raise DataError(failures[0].reason)
     index, sure = records[0].agreed()
@@ -142,8 +117,8 @@ def reading(parts: RewardParts, labelled: bool) -> str:
 
 def answer_sheet(options: AnswerOptions) -> None:
     """Answer every product of a sheet and write the sheet back with answers, sizes and confidence beside each row."""
-    answerer, data_path = Answerer(options), str(options.data_path)
-    trained, cache = answerer.trained, options.image_cache_dir or answerer.trained.image_cache_dir
+    model, data_path = open_model(options), str(options.data_path)
+    trained, cache = model.options, options.image_cache_dir or model.options.image_cache_dir
     reading = sheet_options(options, trained, own_sheet=True)
     samples, problems = load_samples(data_path, cache, trained.missing_photos, require_label=False,
                                      reading=reading)
@@ -155,7 +130,7 @@ def answer_sheet(options: AnswerOptions) -> None:
     journal = Journal(path.with_name(path.name + ".journal"), made_with(options, trained))
     if journal.done:
         logger.info(f"going on from {journal.path}: {len(journal.done)} of {len(samples)} products are answered")
-    answer_rest(answerer, samples, journal, options)
+    answer_rest(model, samples, journal, options)
     noted: dict[int, list[str]] = {}
     for problem in problems:
         noted.setdefault(problem.row, []).append(problem.problem)
@@ -170,13 +145,15 @@ def answer_sheet(options: AnswerOptions) -> None:
           f"written to {path}")
 
 
-def answer_rest(answerer: Answerer, samples: Sequence[Sample], journal: Journal, options: AnswerOptions) -> None:
+def answer_rest(model: TrainedModel, samples: Sequence[Sample], journal: Journal, options: AnswerOptions) -> None:
     """Answer the products that the journal lacks, noting each few of them as they are done."""
+    encoder = model.encoder()
     rest = [sample for sample in samples if sample.row not in journal.done]
     with tqdm(total=len(samples), initial=len(samples) - len(rest), unit="product", disable=None) as bar:
         for start in range(0, len(rest), options.eval_batch_size):
             chunk = rest[start:start + options.eval_batch_size]
-            records, failures = answerer.answer(chunk)
+            records, failures = model.answer(encoder, chunk, options.num_samples, options.seed,
+                                             greedy=options.num_samples == 1)
             for failure in failures:
                 logger.warning(f"not answered: {failure}")
             journal.add([(record.sample.row, answer_line(record, options.accept_at)) for record in records]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
 from sheets.samples import CONTRADICTION, RowProblem, Sample, label_gap, most_different, rows_of_products
-from sizes.labels import UNIT, to_cm
+from sizes.texts import sizes_in_text
 
 FEWEST = 20  # labelled rows it takes to say what is usual
 _FACTOR = 10.0  # a side so many times the usual one is an outlier
@@ -19,10 +19,6 @@ _SPREAD = 4.0  # and so many standard deviations away from it
 _SLIPS = {"inch and cm": 2.54, "inch and mm": 25.4, "mm and cm": 10.0, "m and cm": 100.0, "ft and cm": 30.48}
 _WITHIN = 0.02  # sizes of text and label that differ by less are the same
 _SAME_LOOK = 4  # of 64 bits in which photos that look alike differ at most
-_TEXT_READ, _MOST_SIZES = 5_000, 60  # characters and sizes of a text that are looked at
-_AXIS_BEFORE = re.compile("(?:[长宽高深厚]|(?<![a-z])[lwhd]) ?:? ?(?=[0-9])")
-_TEXT_SIZE = re.compile(rf"(?<![0-9.,a-wyz])([0-9]++(?:\.[0-9]++)?+) ?({UNIT})?+(?: ?\([lwhd]\))?"
-                        r"(?P<more> ?[x×*] ?(?=[0-9]))?")
 
 
 def look_over(samples: Sequence[Sample]) -> list[RowProblem]:
@@ -107,21 +103,6 @@ def against_text(samples: Sequence[Sample]) -> Iterator[RowProblem]:
 
 def _all_among(label: Sequence[float], sizes: Sequence[float]) -> bool:
     return all(any(abs(side - size) <= _WITHIN * side for size in sizes) for side in label)
-
-
-def sizes_in_text(text: str) -> list[float]:
-    """List the sizes that a text names, in cm: numbers with a unit, and all of 12 x 8 x 15, the unit at its end."""
-    sizes, chain = [], []
-    for match in _TEXT_SIZE.finditer(_AXIS_BEFORE.sub("", text[:_TEXT_READ].lower())):
-        chain.append((float(match[1]), match[2]))
-        if match["more"]:
-            continue
-        shared = next((unit for _, unit in reversed(chain) if unit), "cm" if len(chain) > 1 else None)
-        sizes += [to_cm(number, unit or shared) for number, unit in chain if unit or shared]
-        chain = []
-        if len(sizes) > _MOST_SIZES:
-            break
-    return sizes
 
 
 def written_differently(samples: Sequence[Sample]) -> Iterator[RowProblem]:

@@ -1,64 +1,46 @@
 """The label reader: one to three sizes in cm from what people write, or a refusal that says what is wrong.
 
 Labels are read strictly, since a wrong label teaches wrongly: what can be read in two ways is refused, never guessed.
-Units, axis words and the number reader serve the answers in reward.py too. Standard library only.
+Standard library only.
 """
 
-import json
 import math
 import re
-import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, Literal
 
 from ground.errors import UserError
+from sizes.units import (
+    DECODER,
+    DIGITS,
+    DIMENSIONS,
+    FOOT,
+    INCH,
+    LATIN_UNITS,
+    MM,
+    THOUSANDS,
+    UNIT_KEYS,
+    UNITS,
+    any_of,
+    fold,
+    to_cm,
+    unit_name,
+    unit_pattern,
+)
 
-LARGEST = 1e9  # cm; larger numbers are cut to it, so that an answer's sizes stay finite
 _LONGEST = 400  # characters of a label; more is a description
-_MOST_RUNS = 200  # full-width runs and fractions turned, so that the work for one text stays bounded
-
-# cm = number * first / second: whole numbers, so that 3 mm is exactly 0.3 cm.
-_CM, _MM, _M, _INCH, _FOOT = (1, 1), (1, 10), (100, 1), (254, 100), (3048, 100)
-LATIN_UNITS = {
-    "mm": _MM, "cm": _CM, "cms": _CM, "m": _M, "in": _INCH, "inch": _INCH, "inches": _INCH, "ft": _FOOT, "foot": _FOOT,
-    "feet": _FOOT, "millimeter": _MM, "millimetre": _MM, "centimeter": _CM, "centimetre": _CM, "meter": _M, "metre": _M,
-    "millimeters": _MM, "millimetres": _MM, "centimeters": _CM, "centimetres": _CM, "meters": _M, "metres": _M,
-}
-UNITS = LATIN_UNITS | {
-    '"': _INCH, "″": _INCH, "”": _INCH, "毫米": _MM, "㎜": _MM, "厘米": _CM, "公分": _CM, "㎝": _CM, "米": _M,
-    "英寸": _INCH, "吋": _INCH, "英尺": _FOOT,
-}
-UNIT_KEYS = ("unit", "units", "单位")
-DIMENSIONS = {
-    "length": "l", "width": "w", "height": "h", "depth": "d", "长度": "l", "宽度": "w", "高度": "h", "深度": "d",
-    "长": "l", "宽": "w", "高": "h", "深": "d",
-}
 _ROUND = dict.fromkeys(("diameter", "diam", "dia", "直径", "φ", "ø", "⌀", "Φ"), "round")
 _AXES = DIMENSIONS | _ROUND | {letter: letter for letter in "lwhd"} | {
     "long": "l", "wide": "w", "high": "h", "tall": "h", "deep": "d", "thick": "t", "thickness": "t", "厚度": "t",
     "厚": "t"}
-
-
-def any_of(words: Iterable[str]) -> str:
-    """Write a pattern for any of some words, the longest first."""
-    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-
-
-def _unit_pattern(end: str) -> str:
-    return rf"(?:(?:{any_of(LATIN_UNITS)}){end}|{any_of(UNITS.keys() - LATIN_UNITS.keys())})"
-
-
-# A unit or axis ends with its letters, or at the x of 5mmx8mm. The patterns see lower-case text.
-UNIT = _unit_pattern(r"(?=[^a-z]|x ?[0-9.]|$)")
+# An axis, too, ends with its letters, or at the x of 5mmx8mm.
 _LETTERS_END = rf"(?=[^a-z]|x ?(?:[0-9.]|{any_of(_AXES)})|$)"
-_UNIT = _unit_pattern(_LETTERS_END)
+_UNIT = unit_pattern(_LETTERS_END)
 _AXIS = rf"(?:{any_of(_AXES)})"
-# ++ and *+ never backtrack
-_DIGITS = "(?:[0-9]++{commas}(?:[.][0-9]++)?+|[.][0-9]++)"
 _TOLERANCE = r"(?:±|\+/-|\+-) ?[0-9.]++"
 _BROKEN_INCH = r"(?: [0-9]{1,2}/(?:2|4|8|16|32|64)(?![0-9]))?"  # the 5/8 of 19 5/8"
-_ITEM = (rf"(?:(?P<before>{_AXIS}) ?[:=]? ?)?(?P<number>-?{_DIGITS}{_BROKEN_INCH})(?![0-9²³]|\.[0-9])"
+_ITEM = (rf"(?:(?P<before>{_AXIS}) ?[:=]? ?)?(?P<number>-?{DIGITS}{_BROKEN_INCH})(?![0-9²³]|\.[0-9])"
          rf"(?: ?\((?P<inside>{_AXIS})\))?(?: ?(?P<unit>{_UNIT})\.?)?"
          rf"(?(before)|(?: ?(?:\((?P<after>{_AXIS})\)|(?P<behind>{_AXIS}){_LETTERS_END}))?)"
          rf"(?: ?\(?{_TOLERANCE}(?: ?(?P<tolerance_unit>{_UNIT}))?\)?)?")
@@ -83,13 +65,7 @@ _SIZE_LIKE = re.compile(rf"[0-9] ?(?:{_UNIT}|寸)|[0-9].*(?<![a-z])[mc]m(?![a-z]
 _SIGNS = str.maketrans({"×": "x", "✕": "x", "✖": "x", "╳": "x", "″": '"', "”": '"', "“": '"', "–": "-", "−": "-",
                         "：": ":", "\r": "\n"})
 _BLANKS, _LINE_BREAKS = re.compile("[ \t\xa0]+"), re.compile(" ?\n[ \n]*")
-_FULL_WIDTH = re.compile("[\uff01\uff03-\uff3b\uff3d-\uff5e\u3000]+")  # without quote and backslash, JSON's own signs
-_FRACTION = re.compile("[¼-¾⅐-⅞]")
-_MIXED_FRACTION = re.compile("(?<![0-9.,/])([0-9]{0,6}+) ?([¼-¾⅐-⅞])(?![0-9¼-¾⅐-⅞])")
-_THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:,[0-9]{3})++(?![0-9,])")
 _MISSING = ("", "nan", "n/a", "na", "none", "null", "-", "--", "/", "?", "tbd", "unknown", "无", "暂无", "#n/a")
-# Objects become tuples of pairs: a repeated key is seen, and an array (a list) is never taken for an object.
-DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=lambda _: None)
 _ACCEPTED = "accepted are one to three sizes such as 12 8 15, [66.0, 53.0, 73.0, cm], 12 x 8 x 15 inch"
 
 Verdict = Literal["ambiguous", "not positive", "missing", "no size"]
@@ -224,7 +200,7 @@ def _units_of(own: list[str | None], outside: list[str], separators: list[str]) 
 def _numbers_of(written: list[str], units: list[str], separators: list[str], has_axes: bool) -> list[float]:
     """Convert numbers as written, judging their commas and fractions by one another."""
     for number, unit in zip(written, units, strict=True):
-        if UNITS[unit] == _MM and re.fullmatch(r"[1-9][0-9]{0,2}\.[0-9]{3}", number):
+        if UNITS[unit] == MM and re.fullmatch(r"[1-9][0-9]{0,2}\.[0-9]{3}", number):
             raise LabelError(f"found {number!r} mm, whose point may separate thousands")
         if re.match("-?0[0-9]", number):
             raise LabelError(f"found {number!r}, a number that begins with 0")
@@ -232,15 +208,15 @@ def _numbers_of(written: list[str], units: list[str], separators: list[str], has
             raise LabelError("found a minus that may be a range")
         numerator, _, denominator = number.rpartition(" ")[2].partition("/")
         if denominator and ("space" in separators or int(numerator) >= int(denominator) or "." in number
-                            or not all(UNITS[unit] in (_INCH, _FOOT) for unit in units)):
+                            or not all(UNITS[unit] in (INCH, FOOT) for unit in units)):
             raise LabelError(f"found {number!r}, which may be a fraction or variants")
     with_comma = [number for number in written if "," in number]
     if with_comma:
         clear = set(separators) <= {"times", "semicolon"} or has_axes
         decimals = [number.partition(",")[2] for number in with_comma]
-        thousands = [bool(_THOUSANDS.match(number)) and number.count(",") == 1 for number in with_comma]
+        thousands = [bool(THOUSANDS.match(number)) and number.count(",") == 1 for number in with_comma]
         if clear and all(thousands) and (any("." in number for number in with_comma)
-                                         or all(UNITS[unit] == _MM for unit in units)):
+                                         or all(UNITS[unit] == MM for unit in units)):
             written = [number.replace(",", "") for number in written]
         elif (clear and (separators or has_axes) and not any(thousands) and not any("." in number for number in written)
               and all(digits.isdigit() for digits in decimals)
@@ -279,34 +255,3 @@ def _json_sizes(label: str) -> list[float]:
         raise LabelError("found a key that is unknown or given twice")
     numbers = [_json_number(value) for key, value in pairs if key not in UNIT_KEYS]
     return [to_cm(number, unit_name(units[0]) if units else "cm") for number in numbers]
-
-
-def fold(text: str) -> str:
-    """Turn full-width signs into ASCII and 19⅝ into 19.625: the first of them, so that the work stays bounded."""
-    text = _FULL_WIDTH.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text, count=_MOST_RUNS)
-    if _FRACTION.search(text):
-        text = _MIXED_FRACTION.sub(lambda mixed: str(int(mixed[1] or 0) + unicodedata.numeric(mixed[2])), text,
-                                   count=_MOST_RUNS)
-    return text
-
-
-def unit_name(unit: Any) -> str:
-    """Name a unit as UNITS does: lower case, without blanks and full stop; cm where there is none."""
-    if not isinstance(unit, str):
-        return f"of type {type(unit).__name__}"
-    return unit.lower().strip(" \t\r\n.。") or "cm"
-
-
-def to_cm(number: float, unit: str) -> float:
-    """Convert a number in one of UNITS to cm."""
-    first, second = UNITS[unit]
-    return number * first / second
-
-
-def to_float(digits: str) -> float | None:
-    """Convert 12, 12.5, 1,200 and the decimal comma of 12,5; any other use of commas is None."""
-    if _THOUSANDS.match(digits):
-        digits = digits.replace(",", "")
-    elif digits.count(",") == 1 and "." not in digits:
-        digits = digits.replace(",", ".")
-    return None if "," in digits else min(float(digits), LARGEST)

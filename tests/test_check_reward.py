@@ -10,7 +10,7 @@ import check_reward
 from config import CheckRewardOptions
 from ground.errors import OptionError
 from ground.options import check_options
-from reward import LabelError
+from sizes.labels import LabelError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,13 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 WINGS = {
     "": ["config"],
     "ground": ["errors", "files", "options", "commands"],
-    "sizes": ["labels"],
+    "sizes": ["units", "labels", "answers", "texts"],
     "sheets": ["photos", "table", "columns", "samples", "checks", "check_page", "fetch"],
     "models": ["family", "remote_code", "minicpm_remote", "minicpm_v46", "qwen_vl", "shared_prefix", "decoding", "head",
                "lora", "loading", "policy", "trainable", "processes", "sharding"],
     "the algorithm": ["prompts", "reward", "own_reward", "replay_buffer", "loss", "rollout", "update"],
     "evidence": ["measures", "journal", "evaluation", "comparison", "report", "charts", "page"],
-    "training": ["provenance", "checkpoint", "setup", "guard", "preflight", "curves"],
+    "training": ["provenance", "checkpoint", "trained", "setup", "guard", "preflight", "curves"],
     "the commands": ["check_data", "check_reward", "download_images", "demo", "export", "test_model", "run",
                      "train_vlm_parallel"],
 }

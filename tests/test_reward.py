@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import reward as reward_module
-from reward import SUCCESS_REWARD, LabelError, Reading, calculate_reward, parse_label, read_answer, score_answer
+from reward import SUCCESS_REWARD, calculate_reward, score_answer
+from sizes.answers import Reading, read_answer
+from sizes.labels import LabelError, parse_label
 
 MUG = "12 8 15"  # sorted 15, 12, 8
 THREE = "{" + '"length": {}, "width": {}, "height": {}, "unit": "cm"' + "}"

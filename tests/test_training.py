@@ -24,7 +24,8 @@ from run import choose_samples
 from sheets.samples import DataError
 from sheets.table import write_table
 from training import setup as loading
-from training.checkpoint import list_checkpoints, options_of
+from training.checkpoint import list_checkpoints
+from training.trained import options_of
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,14 @@ from config import TrainOptions
 from ground.errors import OptionError
 from ground.files import disk_errors, whole_folder, write_json
 from ground.options import read_options, split_reward, write_options
-from models.lora import base_of, is_adapter
-from models.policy import Policy, load_policy
-from own_reward import Scorer
+from models.policy import Policy
 
 OPTIONS_FILE = "options.yaml"
 STATE_FILE = "trainer_state.pt"
 PROMPT_FILE = "prompt.txt"
 CHECKSUMS_FILE = "checksums.json"
 BEST, BEST_FILE = "best", "best.json"
-_REWARD_FILE = "own_reward_{}.py"
+REWARD_FILE = "own_reward_{}.py"
 _NAME = re.compile(r"step_(\d+)$")
 
 
@@ -61,7 +58,7 @@ def save_model(policy: Policy, options: TrainOptions, base_path: str, folder: Pa
         shutil.copyfile(options.prompt_file, folder / PROMPT_FILE)
     for number, spec in enumerate(options.reward, start=1):
         if file := split_reward(spec)[0]:
-            shutil.copyfile(file, folder / _REWARD_FILE.format(number))
+            shutil.copyfile(file, folder / REWARD_FILE.format(number))
 
 
 def keep_best(policy: Policy, options: TrainOptions, step: int, reward: float,
@@ -216,66 +213,3 @@ def check_products(state: dict[str, Any], options: TrainOptions, world: int, pat
         advice = f"give --batch_size {before // world}"
     raise OptionError(f"--batch_size {options.batch_size} x {world} processes = {now} products a step; the run in "
                       f"{path} took {before}, and would go on at another place of the sheet: {advice}")
-
-
-def options_of(checkpoint_path: str) -> TrainOptions | None:
-    """Read the options a checkpoint was trained with; looks beside a plain .pt file too. None when there are none.
-
-    The wording of the prompt is the copy kept in the checkpoint, wherever the original file has gone; a reward of the
-    user's own is the original file where it is as it was, else the copy (see scorer_of).
-    """
-    path = Path(checkpoint_path)
-    for folder in (path, path.parent):
-        if (folder / OPTIONS_FILE).is_file():
-            options = read_options(folder / OPTIONS_FILE)
-            if (folder / PROMPT_FILE).is_file():
-                options.prompt_file = str(folder / PROMPT_FILE)
-            options.reward = [_reward_file(spec, folder, number) for number, spec in enumerate(options.reward, start=1)]
-            return options
-    return None
-
-
-def _reward_file(spec: str, folder: Path, number: int) -> str:
-    file, name, weight = split_reward(spec)
-    copy = folder / _REWARD_FILE.format(number)
-    if not file:
-        return spec
-    original = Path(file)
-    mine = original.is_file() and copy.is_file() and original.read_bytes() == copy.read_bytes()
-    mine = mine and not original.resolve().is_relative_to(folder.resolve())
-    return f"{file if mine else copy}:{name}:{weight:g}"
-
-
-def scorer_of(trained: TrainOptions, own: Sequence[str], trust_remote_code: bool) -> Scorer:
-    """The reward to score with: that of --reward, else the one the checkpoint was trained with.
-
-    A checkpoint's copy of a reward runs only when it is trusted; raises OptionError otherwise.
-    """
-    if own:
-        return Scorer(own)
-    for spec in trained.reward:
-        file = Path(split_reward(spec)[0])
-        if file.name.startswith(_REWARD_FILE.partition("{")[0]) and not trust_remote_code:
-            raise OptionError(f"{file}: this checkpoint was trained with a reward of its own, and the original file is "
-                              "gone or was changed since. Read the copy and allow it with --trust_remote_code, or "
-                              "give --reward (--reward size for the built-in one)")
-    return Scorer(trained.reward)
-
-
-def open_model(model_path: str, checkpoint_path: str | None, trained: TrainOptions, device: str,
-               trust_remote_code: bool) -> Policy:
-    """Load what a user names: a model folder or hub name, a checkpoint, an adapter, a plain state dict.
-
-    An adapter brings the model under it; a state dict is put on model_path, or on the model it was trained from.
-    """
-    weights = checkpoint_path
-    if not weights and is_adapter(model_path):
-        model_path, weights = "", model_path
-    if not model_path and is_adapter(weights):
-        model_path = base_of(weights)
-    elif not model_path:
-        model_path, weights = (trained.model_path, weights) if Path(weights).is_file() else (weights, None)
-    policy = load_policy(model_path, trained, device, trust_remote_code)
-    if weights:
-        policy.load_weights(weights)
-    return policy

@@ -26,9 +26,10 @@ from models.family import ModelError
 from models.loading import load_minicpm
 from models.policy import Policy
 from models.trainable import parameter_table, set_trainable, warn_without_gradient
+from own_reward import Scorer
 from test_policy import sample, three_prompts
 from test_training import tags
-from training.checkpoint import options_of
+from training.trained import TrainedModel, options_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
@@ -444,7 +445,7 @@ def test_whole_weights_are_exported_with_prompt_and_sampling(shop, tmp_path, cap
     ids = torch.tensor(serving["example"]["prompt_ids"])
     assert sampling.eos_token_id == policy.stop_ids.tolist()
     assert policy.tokenizer.decode(ids) == serving["example"]["prompt"] and "box 0" in serving["example"]["prompt"]
-    assert serving["example"]["greedy_answer"] == export.answer(
-        policy, export.choose_samples(merge_options(checkpoint, "x"), training.TrainOptions(
-            data_path=str(shop / "data.xlsx"), image_cache_dir=str(shop / "photos"))), options_of(
-            str(checkpoint)))[0].answers[0]
+    served = TrainedModel(policy, options_of(str(checkpoint)), Scorer())
+    samples = export.choose_samples(merge_options(checkpoint, "x"), training.TrainOptions(
+        data_path=str(shop / "data.xlsx"), image_cache_dir=str(shop / "photos")))
+    assert serving["example"]["greedy_answer"] == export.answer(served, samples)[0].answers[0]

@@ -8,11 +8,12 @@ import pytest
 from openpyxl import load_workbook
 from PIL import Image
 
-from sheets.checks import leaks, look_at_photos, look_over, outliers, sizes_in_text
+from sheets.checks import leaks, look_at_photos, look_over, outliers
 from sheets.photos import examine_photos, look_of
 from sheets.samples import Sample, doubtful_labels, label_gap, load_samples, obey_bad_rows
 from sheets.table import DataError, write_table
 from sizes.labels import parse_label
+from sizes.texts import sizes_in_text
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT / "../shared/data"

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sizes.labels import UNITS, LabelError, fold, parse_label
+from sizes.labels import LabelError, parse_label
+from sizes.units import UNITS, fold
 
 # From shops' pages and sheets, with what a careful reader makes of each: sizes in cm, largest first, or the verdict.
 REAL = [

@@ -16,8 +16,9 @@ from ground.options import check_options
 from reward import score_answer
 from rollout import Group
 from sheets.samples import Sample
-from training.checkpoint import keep_best, options_of, read_best
+from training.checkpoint import keep_best, read_best
 from training.curves import candidate_table, photo_strip, telling
+from training.trained import options_of
 
 
 @pytest.fixture(scope="module")
