@@ -16,8 +16,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 
     start(TrainOptions, "GRPO for vision-language models that read sizes off product pages.")
 
-import math
-import os
 import signal
 import sys
 import time
@@ -26,8 +24,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 import torch
 from loguru import logger
@@ -36,27 +32,25 @@ from tqdm import tqdm
 
 from config import TrainOptions
 from evidence.evaluation import evaluate, summarise
-from ground.commands import TIMED, log_to_console
 from ground.errors import OptionError
 from ground.options import write_options
-from loss import VLM_GRPOLoss, group_advantages
+from loss import group_advantages
 from models.policy import Policy
 from models.processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
-from models.sharding import gathered, load_optimizer_state, shard, whole_optimizer_state, whole_weights
+from models.sharding import gathered, load_optimizer_state, shard_all, whole_optimizer_state, whole_weights
 from models.trainable import parameter_table, set_trainable
 from own_reward import Scorer
 from prompts import read_template
 from replay_buffer import Experience, ReplayBuffer, join_experiences
-from reward import SUCCESS_REWARD
 from rollout import Group, PromptEncoder, rollout_groups
 from sheets.samples import DataError, Sample, products_of_step
 from training.checkpoint import find_resume, keep_best, read_best, read_state, save_checkpoint
-from training.curves import Curves, log_groups, log_held_out
-from training.guard import check_fast_path
+from training.curves import Curves, describe, log_groups, log_held_out, log_step, warn_beyond_bounds
+from training.guard import check_on_a_product
 from training.preflight import preflight
 from training.provenance import write_start, write_summary
-from training.setup import fetch_photos, load_models, load_products
-from update import Learner, learning_rate, make_idle, make_optimizer, micro_batches, set_learning_rate, update
+from training.setup import fetch_photos, load_models, load_products, set_up_log
+from update import Learner, learning_rate, make_idle, make_learner, micro_batches, set_learning_rate, update
 
 
 class BadRun(RuntimeError):
@@ -227,11 +221,8 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     idle = None
     if options.sharding == "fsdp" and processes.world > 1:
         idle = make_idle(policy, options.group_size, options.train_vision)
-        parameters = split_weights(policy, reference)
-    learner = Learner(policy, parameters, make_optimizer(parameters, options),
-                      VLM_GRPOLoss(options.clip_eps, options.kl_weight, options.clip_eps_high, options.loss_type,
-                                   options.max_length, options.mask_truncated), processes,
-                      options.micro_batch_size or options.minibatch_size or options.batch_size, idle)
+        parameters = shard_all(policy, reference)
+    learner = make_learner(policy, parameters, options, processes, idle)
     run = Run(learner, reference, shares_vision, encoder, scorer, None, products, held_out, last_saved=resume_from)
     if resume_from:
         take_up(run, options, resume_from)
@@ -256,25 +247,6 @@ def take_up(run: Run, options: TrainOptions, resume_from: Path) -> None:
                 + (": nothing left to do" if run.start >= options.max_steps else ""))
 
 
-def split_weights(policy: Policy, reference: Policy | None) -> list[torch.nn.Parameter]:
-    """Split policy and reference over the processes; returns what trains, anew: it is another object now."""
-    shard(policy)
-    if reference is not None and reference.model is not policy.model:
-        shard(reference)
-    return [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
-
-
-def check_on_a_product(policy: Policy, reference: Policy | None, encoder: PromptEncoder, products: Sequence[Sample],
-                       options: TrainOptions) -> None:
-    """Compare the fast path with the slow one on the first product that can be rolled out."""
-    for product in products:
-        groups, failures = rollout_groups(encoder, [product], 3, options.temperature, options.max_length, "guard", 1)
-        if groups:
-            check_fast_path(policy, reference, groups[0], options.temperature)
-            return
-        logger.warning(f"the fast path can't be checked on this product: {failures[0]}")
-
-
 def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> ReplayBuffer:
     """Turn groups into experiences: advantages within each group, log-probs under the reference policy."""
     buffer = ReplayBuffer()
@@ -297,55 +269,6 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
             for item, rows in zip(items, ref_log_probs.split([len(item.rewards) for item in items]), strict=True):
                 item.ref_log_probs = rows[:, :item.action_mask.shape[1]]
     return buffer
-
-
-def describe(groups: Sequence[Group], failures: Sequence[Any], processes: Processes) -> dict[str, float]:
-    """Describe what all processes sampled: rewards, readable answers, groups without any signal, lengths; name here
-    what failed here."""
-    for failure in failures:
-        logger.warning(f"no rollout: {failure}")
-    own = [(group.rewards, [part.valid for part in group.parts],
-            group.action_mask.sum(1).tolist(), group.truncated.tolist()) for group in groups]
-    everywhere = processes.gather((own, len(failures)))
-    metrics: dict[str, float] = {"failed_rollouts": sum(count for _, count in everywhere)}
-    sampled = [group for groups, _ in everywhere for group in groups]
-    if not sampled:
-        return metrics
-    rewards, valid, lengths, truncated = ([value for group in sampled for value in group[index]] for index in range(4))
-    return metrics | {
-        "returns": fmean(rewards),
-        "success_rate": fmean(reward >= SUCCESS_REWARD for reward in rewards),
-        "valid_rate": fmean(valid),
-        "zero_variance_share": fmean(max(group[0]) == min(group[0]) for group in sampled),
-        "answer_length": fmean(lengths),
-        "truncated_share": fmean(truncated),
-    }
-
-
-def log_step(writer: Curves, step: int, steps: int, metrics: dict[str, float], seconds: dict[str, float]) -> None:
-    """One line on the console and in train.log, one point a curve in TensorBoard."""
-    for name, value in metrics.items():
-        writer.add_scalar(name, value, step)
-    for name, value in seconds.items():
-        writer.add_scalar(f"seconds/{name}", value, step)
-    said = [f"step {step}/{steps}"]
-    for name, title, form in (("returns", "reward", ".3f"), ("success_rate", ">=0.9", ".0%"),
-                              ("total_loss", "loss", ".4f"), ("kl_divergence", "kl", ".4f"),
-                              ("grad_norm", "grad", ".2f"), ("entropy", "entropy", ".2f"), ("lr", "lr", ".1e")):
-        if name in metrics:
-            said.append(f"{title} {metrics[name]:{form}}")
-    logger.info(" | ".join([*said, f"{sum(seconds.values()):.2f} s"]))
-
-
-def warn_beyond_bounds(metrics: dict[str, float], options: TrainOptions, step: int) -> None:
-    """Warn of a policy that has left its reference far behind, or answers the same whatever it is asked."""
-    if metrics.get("kl_divergence", 0.0) > options.max_kl:
-        logger.warning(f"step {step}: KL {metrics['kl_divergence']:.3g} is above --max_kl {options.max_kl}: the policy "
-                       "has moved far from its reference; a lower --lr or a higher --kl_weight holds it back")
-    if metrics.get("entropy", math.inf) < options.min_entropy:
-        logger.warning(f"step {step}: entropy {metrics['entropy']:.3g} is below --min_entropy {options.min_entropy}: "
-                       "the answers to a product are all alike and teach little; try a lower --lr or a higher "
-                       "--temperature")
 
 
 def log_evaluation(run: Run, options: TrainOptions, step: int) -> dict[str, float]:
@@ -377,17 +300,6 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
     seconds[name] += time.perf_counter() - begin
-
-
-def set_up_log(output_dir: str) -> None:
-    """Log to the console, and to output_dir/train.log; all but the main process warn only."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
-        log_to_console(f"{{time:HH:mm:ss}} {{level:<7}} process {rank}: {{message}}", "WARNING")
-        return
-    log_to_console(TIMED)
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    logger.add(Path(output_dir) / "train.log", format="{time:YYYY-MM-DD HH:mm:ss} {level:<7} {message}")
 
 
 def main(options: TrainOptions) -> int:

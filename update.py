@@ -44,6 +44,15 @@ class Learner:
         return self.idle is not None
 
 
+def make_learner(policy: Policy, parameters: list[nn.Parameter], options: TrainOptions,
+                 processes: Processes | None = None, idle: Experience | None = None) -> Learner:
+    """Put together what an update needs, as the options say. processes: all of the run; None: this one alone."""
+    objective = VLM_GRPOLoss(options.clip_eps, options.kl_weight, options.clip_eps_high, options.loss_type,
+                             options.max_length, options.mask_truncated)
+    return Learner(policy, parameters, make_optimizer(parameters, options), objective, processes or Processes(),
+                   options.micro_batch_size or options.minibatch_size or options.batch_size, idle)
+
+
 def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: int) -> dict[str, float]:
     """Optimise over the buffer: one optimizer step a minibatch, `epochs` passes; returns averaged metrics.
 

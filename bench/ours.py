@@ -8,14 +8,13 @@ import torch
 
 from cases import ANSWER_TOKENS, Case, seeded_rewards
 from config import TrainOptions
-from loss import VLM_GRPOLoss
 from meter import Meter
 from models.trainable import set_trainable
 from own_reward import Scorer
 from rollout import Group, PromptEncoder, rollout_groups
 from sheets.samples import Sample
 from train_vlm_parallel import Run, fill_buffer, load_models
-from update import Learner, make_optimizer, update
+from update import make_learner, update
 
 TEMPLATE = "{text}"
 
@@ -31,9 +30,7 @@ def make_run(options: TrainOptions, template: str | None = TEMPLATE) -> Run:
     """Load policy and reference as a training run does."""
     policy, reference, shares_vision = load_models(options, None)
     parameters = set_trainable(policy, options.train_vision)
-    objective = VLM_GRPOLoss(options.clip_eps, options.kl_weight, max_length=options.max_length)
-    learner = Learner(policy, parameters, make_optimizer(parameters, options), objective,
-                      micro_batch_size=options.micro_batch_size)
+    learner = make_learner(policy, parameters, options)
     return Run(learner, reference, shares_vision, PromptEncoder(policy, template=template), Scorer(), None, [], [])
 
 

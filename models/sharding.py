@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -23,6 +23,14 @@ def shard(policy: Policy) -> None:
     for layer in repeated_layers(policy.model):
         fully_shard(layer, mp_policy=precision)
     fully_shard(policy.root, mp_policy=precision)
+
+
+def shard_all(policy: Policy, reference: Policy | None) -> list[nn.Parameter]:
+    """Split policy and reference over the processes; returns what trains, anew: it is another object now."""
+    shard(policy)
+    if reference is not None and reference.model is not policy.model:
+        shard(reference)
+    return [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
 
 
 @contextmanager

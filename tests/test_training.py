@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_vlm_parallel as training
+import update
 from config import CompareOptions, TrainOptions
 from conftest import as_flags, train_options
 from evidence.report import write_sheet
@@ -201,13 +202,13 @@ def test_old_checkpoints_are_pruned(shop, tmp_path):
 class NaNLoss(VLM_GRPOLoss):
     """The loss, spoilt."""
 
-    def forward(self, log_probs, experience, entropy=None):
-        loss, kl = super().forward(log_probs, experience, entropy)
-        return loss * float("nan"), kl
+    def terms(self, *args):
+        terms = super().terms(*args)
+        return replace(terms, total_loss=terms.total_loss * float("nan"))
 
 
 def test_non_finite_steps_change_nothing_are_named_and_stop_the_run(shop, tmp_path, said, monkeypatch):
-    monkeypatch.setattr(training, "VLM_GRPOLoss", NaNLoss)
+    monkeypatch.setattr(update, "VLM_GRPOLoss", NaNLoss)
     options = train_options(shop, tmp_path, max_steps=9, save_every=1, max_bad_steps=3, eval_every=0)
     with pytest.raises(training.BadRun, match="3 steps in a row"):
         training.train(options)

@@ -1,5 +1,6 @@
 """TensorBoard: scalars that say what they mean, options as a table, and what the candidates of a product look like."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import fmean, pstdev
@@ -17,9 +18,10 @@ from config import TrainOptions
 from evidence import measures
 from evidence.evaluation import FIGURES
 from loss import group_advantages
+from models.processes import Processes
 from own_reward import Scorer
 from replay_buffer import Experience
-from reward import RewardParts
+from reward import SUCCESS_REWARD, RewardParts
 from rollout import Group, PromptEncoder, rollout_groups
 from sheets.samples import PhotoError, Sample, load_photos
 
@@ -77,6 +79,55 @@ class Curves(SummaryWriter):
                  for name, value in values.items()}
         for summary in hparams(plain, {"returns": 0, "held_out/mean_reward": 0}):
             self.file_writer.add_summary(summary)
+
+
+def describe(groups: Sequence[Group], failures: Sequence[Any], processes: Processes) -> dict[str, float]:
+    """Describe what all processes sampled: rewards, readable answers, groups without any signal, lengths; name here
+    what failed here."""
+    for failure in failures:
+        logger.warning(f"no rollout: {failure}")
+    own = [(group.rewards, [part.valid for part in group.parts],
+            group.action_mask.sum(1).tolist(), group.truncated.tolist()) for group in groups]
+    everywhere = processes.gather((own, len(failures)))
+    metrics: dict[str, float] = {"failed_rollouts": sum(count for _, count in everywhere)}
+    sampled = [group for groups, _ in everywhere for group in groups]
+    if not sampled:
+        return metrics
+    rewards, valid, lengths, truncated = ([value for group in sampled for value in group[index]] for index in range(4))
+    return metrics | {
+        "returns": fmean(rewards),
+        "success_rate": fmean(reward >= SUCCESS_REWARD for reward in rewards),
+        "valid_rate": fmean(valid),
+        "zero_variance_share": fmean(max(group[0]) == min(group[0]) for group in sampled),
+        "answer_length": fmean(lengths),
+        "truncated_share": fmean(truncated),
+    }
+
+
+def log_step(writer: Curves, step: int, steps: int, metrics: dict[str, float], seconds: dict[str, float]) -> None:
+    """One line on the console and in train.log, one point a curve in TensorBoard."""
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, step)
+    for name, value in seconds.items():
+        writer.add_scalar(f"seconds/{name}", value, step)
+    said = [f"step {step}/{steps}"]
+    for name, title, form in (("returns", "reward", ".3f"), ("success_rate", ">=0.9", ".0%"),
+                              ("total_loss", "loss", ".4f"), ("kl_divergence", "kl", ".4f"),
+                              ("grad_norm", "grad", ".2f"), ("entropy", "entropy", ".2f"), ("lr", "lr", ".1e")):
+        if name in metrics:
+            said.append(f"{title} {metrics[name]:{form}}")
+    logger.info(" | ".join([*said, f"{sum(seconds.values()):.2f} s"]))
+
+
+def warn_beyond_bounds(metrics: dict[str, float], options: TrainOptions, step: int) -> None:
+    """Warn of a policy that has left its reference far behind, or answers the same whatever it is asked."""
+    if metrics.get("kl_divergence", 0.0) > options.max_kl:
+        logger.warning(f"step {step}: KL {metrics['kl_divergence']:.3g} is above --max_kl {options.max_kl}: the policy "
+                       "has moved far from its reference; a lower --lr or a higher --kl_weight holds it back")
+    if metrics.get("entropy", math.inf) < options.min_entropy:
+        logger.warning(f"step {step}: entropy {metrics['entropy']:.3g} is below --min_entropy {options.min_entropy}: "
+                       "the answers to a product are all alike and teach little; try a lower --lr or a higher "
+                       "--temperature")
 
 
 def log_groups(writer: Curves, groups: Sequence[Group], items: Sequence[Experience], options: TrainOptions, step: int

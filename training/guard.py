@@ -6,12 +6,25 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
+from config import TrainOptions
 from models.family import ModelError
 from models.policy import Policy
-from rollout import Group
+from rollout import Group, PromptEncoder, rollout_groups
+from sheets.samples import Sample
 
 # By compute dtype: how far log-probs may lie apart, and gradients, as a share of their length.
 LIMITS = {torch.float32: (1e-3, 1e-2), torch.bfloat16: (0.5, 0.3)}
+
+
+def check_on_a_product(policy: Policy, reference: Policy | None, encoder: PromptEncoder, products: Sequence[Sample],
+                       options: TrainOptions) -> None:
+    """Compare the fast path with the slow one on the first product that can be rolled out."""
+    for product in products:
+        groups, failures = rollout_groups(encoder, [product], 3, options.temperature, options.max_length, "guard", 1)
+        if groups:
+            check_fast_path(policy, reference, groups[0], options.temperature)
+            return
+        logger.warning(f"the fast path can't be checked on this product: {failures[0]}")
 
 
 def check_fast_path(policy: Policy, reference: Policy | None, group: Group, temperature: float) -> None:

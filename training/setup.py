@@ -1,6 +1,7 @@
 """What a training run reads: its sheets, with a word on every row that is left out or odd, and its models."""
 
 import copy
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from loguru import logger
 
 from config import SheetOptions, TrainOptions
+from ground.commands import TIMED, log_to_console
 from ground.errors import OptionError
 from ground.options import held_out_sheet
 from models.loading import DTYPES, choose_device, freeze, load_minicpm, load_weights
@@ -27,6 +29,17 @@ from sheets.samples import (
     split_held_out,
     summarise_problems,
 )
+
+
+def set_up_log(output_dir: str) -> None:
+    """Log to the console, and to output_dir/train.log; all but the main process warn only."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        log_to_console(f"{{time:HH:mm:ss}} {{level:<7}} process {rank}: {{message}}", "WARNING")
+        return
+    log_to_console(TIMED)
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    logger.add(Path(output_dir) / "train.log", format="{time:YYYY-MM-DD HH:mm:ss} {level:<7} {message}")
 
 
 def fetch_photos(options: TrainOptions) -> None:

@@ -17,11 +17,12 @@ import update
 from config import TrainOptions
 from conftest import train_options
 from ground.errors import OptionError
+from ground.files import whole_folder
 from models.family import ModelError
 from replay_buffer import ReplayBuffer
 from test_training import one_step, weights
-from training import checkpoint
-from training.checkpoint import find_damage, list_checkpoints, whole_folder, write_checksums
+from training import checkpoint, curves
+from training.checkpoint import find_damage, list_checkpoints, write_checksums
 from training.preflight import largest_product, moments_to_come, products_that_fit
 
 
@@ -232,10 +233,10 @@ def test_a_full_disk_costs_no_more_than_the_bad_batch(tmp_path, said, monkeypatc
 
 def test_bounds_warn(said):
     options = TrainOptions(max_kl=0.5, min_entropy=0.1)
-    training.warn_beyond_bounds({"kl_divergence": 0.5, "entropy": 0.1}, options, 1)
-    training.warn_beyond_bounds({"failed_rollouts": 3}, options, 2)
+    curves.warn_beyond_bounds({"kl_divergence": 0.5, "entropy": 0.1}, options, 1)
+    curves.warn_beyond_bounds({"failed_rollouts": 3}, options, 2)
     assert not said
-    training.warn_beyond_bounds({"kl_divergence": 0.51, "entropy": 0.09}, options, 3)
+    curves.warn_beyond_bounds({"kl_divergence": 0.51, "entropy": 0.09}, options, 3)
     assert "step 3: KL 0.51 is above --max_kl 0.5" in said[0] and "--min_entropy 0.1" in said[1]
 
 
