@@ -1,4 +1,4 @@
-"""The reward doctor: how an answer is read and scored, and how much there is for GRPO to gain on a sheet.
+"""Rewards before training: how an answer is read and what it earns; how much there is to gain on a sheet.
 
     python check_reward.py '{"length": 12, "width": 8, "height": 15}' --label "12 x 8 x 15 cm"
     python check_reward.py --model_path MODEL --data_path data.xlsx    # before GPU hours are spent

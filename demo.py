@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import random
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from config import DemoOptions
 from evidence.report import write_sheet
 from ground.commands import TIMED, log_to_console
+from ground.files import whole_folder
 from models.family import Prompt
 from models.policy import Policy
 from models.trainable import set_trainable
@@ -238,9 +238,14 @@ def make_demo(options: DemoOptions) -> Path:
     if stamp.is_file() and stamp.read_text() == fingerprint(options):
         logger.info(f"{final}/ is up to date")
         return final
-    folder = final.with_name(final.name + ".partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with whole_folder(final) as folder:
+        reached = fill_folder(folder, options)
+    logger.info(f"made {final}/: sampled reward {reached:.3f} before GRPO")
+    return final
+
+
+def fill_folder(folder: Path, options: DemoOptions) -> float:
+    """Write sheets, photos, prompt and model; returns the mean reward that the model's sampled answers earn."""
     rng = random.Random(f"catalogue/{options.seed}")
     for name, count in (("catalogue", options.products), ("held_out", options.held_out)):
         write_catalogue(folder, name, (draw_product(rng) for _ in range(count)), rng)
@@ -252,10 +257,7 @@ def make_demo(options: DemoOptions) -> Path:
     for part in (model, tokenizer, processor):
         part.save_pretrained(folder / "model")
     (folder / "made_by").write_text(fingerprint(options))
-    shutil.rmtree(final, ignore_errors=True)
-    folder.rename(final)
-    logger.info(f"made {final}/: sampled reward {reached:.3f} before GRPO")
-    return final
+    return reached
 
 
 def main(options: DemoOptions) -> None:

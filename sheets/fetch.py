@@ -27,6 +27,7 @@ from urllib3.exceptions import HeaderParsingError, HTTPError
 from urllib3.util.retry import Retry
 
 from config import FetchOptions, SheetOptions
+from ground.files import PARTIAL, whole_file
 from sheets.columns import read_sheet
 from sheets.photos import PhotoError, open_photo
 from sheets.samples import cached_photo_path, find_cached_photo
@@ -36,7 +37,6 @@ _MOST_REDIRECTS = 5
 _BUSY = (429, 500, 502, 503, 504)  # worth another try
 _LONGEST_WAIT = 60  # seconds that a server may ask to wait
 _CHUNK = 2 ** 16
-_PARTIAL = ".partial"
 _HEADERS = {"User-Agent": "Mozilla/5.0 (compatible; download_images.py)", "Accept": "image/*,*/*;q=0.5",
             "Accept-Encoding": "identity"}
 
@@ -105,8 +105,8 @@ def fetch_all(addresses: Iterable[str], cache_dir: str | Path, options: FetchOpt
 
 def remove_left_overs(cache_dir: Path) -> None:
     """Remove the unfinished files of runs that were killed."""
-    for path in cache_dir.glob(f"*{_PARTIAL}"):
-        process = path.name.removesuffix(_PARTIAL).rpartition(".")[2]
+    for path in cache_dir.glob(f"*{PARTIAL}"):
+        process = path.name.removesuffix(PARTIAL).rpartition(".")[2]
         if not (process.isdigit() and _is_running(int(process))):
             path.unlink(missing_ok=True)
 
@@ -139,11 +139,10 @@ def make_session(options: FetchOptions) -> requests.Session:
 
 def fetch(session: requests.Session, address: str, cache_dir: Path, options: FetchOptions) -> Fetched:
     """Fetch one address into the cache, whole or not at all. Never raises for what a server may do."""
-    partial = cache_dir / f"{cached_photo_path(address, cache_dir).name}.{os.getpid()}{_PARTIAL}"
     for attempt in range(options.retries + 1):
         try:
-            _fetch_to(session, address, partial, options)
-            partial.replace(cached_photo_path(address, cache_dir))
+            with whole_file(cached_photo_path(address, cache_dir)) as partial:
+                _fetch_to(session, address, partial, options)
             return Fetched(address)
         except Interrupted as error:
             reason = str(error)
@@ -155,8 +154,6 @@ def fetch(session: requests.Session, address: str, cache_dir: Path, options: Fet
             return Fetched(address, _cause(error))
         except OSError as error:
             return Fetched(address, f"can't be written to {cache_dir}: {error.strerror or error}")
-        finally:
-            partial.unlink(missing_ok=True)
     return Fetched(address, reason)
 
 
