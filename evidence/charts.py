@@ -1,79 +1,78 @@
-"""Pictures as inline SVG: curves, distributions, intervals, and products' sizes drawn to scale. Strings only."""
+"""Pictures as inline SVG: matplotlib's curves and distributions; intervals, and products' sizes drawn to scale.
 
-from collections.abc import Mapping, Sequence
+Importing matplotlib takes half a second, so that only the functions that draw with it import it.
+"""
+
+import io
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 COLOURS = ("#8b95a1", "#1f6feb", "#d1495b", "#2a9d8f", "#b8860b", "#7b4fa3")
 TRUE_COLOUR = "#dfe4ea"
 _TOO_LARGE = 2.5  # an answer's box this many times the true one's largest side is not drawn
 _DEPTH = 0.4  # the middle side runs back at an angle, foreshortened
+_WIDTH = 400  # of matplotlib's pictures: narrow, so that their text can be read on a phone
+_STYLE = {
+    "axes.edgecolor": "#8b95a1", "axes.grid": True, "axes.labelcolor": "#5b6570", "axes.spines.right": False,
+    "axes.spines.top": False, "axes.axisbelow": True, "axes.titlesize": "medium", "figure.labelsize": "medium",
+    "font.family": ["DejaVu Sans", "Last Resort High-Efficiency"],  # measures every sign; the page's font shows it
+    "font.size": 12, "grid.color": "#e4e7eb", "legend.frameon": False, "lines.linewidth": 1.2,
+    "svg.fonttype": "none", "text.color": "#5b6570", "text.parse_math": False, "xtick.color": "#5b6570",
+    "ytick.color": "#5b6570",
+}
 
 
 def curve_svg(series: Mapping[str, Sequence[tuple[int, float]]], title: str) -> str:
-    """Draw rewards over steps as an SVG of 640 x 360. series: name -> (step, value in [0, 1]) in order of steps."""
-    last_step = max((step for points in series.values() for step, _ in points), default=0) or 1
-    left, right, top, bottom = 48, 624, 40, 312
+    """Draw rewards over steps. series: name -> (step, value), in order of steps."""
 
-    def at(step: int, value: float) -> str:
-        return f"{left + (right - left) * step / last_step:.1f},{bottom - (bottom - top) * value:.1f}"
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        _lines(axes, series.values())
+        low, high = axes.get_ylim()
+        axes.set(title=title, xlabel="step", ylabel="mean reward, or share", xlim=(0, None),
+                 ylim=(min(low, 0), max(high, 1)))
+        axes.locator_params(axis="x", integer=True)
+        _legend(figure, axes.get_lines(), list(series))
 
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 360" font-family="sans-serif" font-size="12">',
-             '<rect width="640" height="360" fill="white"/>',
-             f'<text x="{left}" y="22" font-size="14">{escape(title)}</text>']
-    for tenth in range(0, 11, 2):
-        y = bottom - (bottom - top) * tenth / 10
-        parts.append(f'<path d="M{left} {y}H{right}" stroke="#e4e7eb"/>'
-                     f'<text x="16" y="{y + 4}">{tenth / 10:.1f}</text>')
-    for index, (name, points) in enumerate(series.items()):
-        colour = COLOURS[index % len(COLOURS)]
-        line = " ".join(at(step, value) for step, value in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<rect x="{left + 190 * index}" y="336" width="14" height="4" fill="{colour}"/>'
-                     f'<text x="{left + 190 * index + 20}" y="342">{escape(name)}</text>')
-    parts.append(f'<text x="{left}" y="328">0</text>'
-                 f'<text x="{right}" y="328" text-anchor="end">step {last_step}</text>')
-    return "\n".join([*parts, "</svg>", ""])
+    return _svg("curve", title, 230 + _height(series), draw)
 
 
 def histogram_svg(counts: Mapping[str, Sequence[int]]) -> str:
     """Draw how answers spread over rewards from 0 to 1, as shares: one row of bars a model, all to one scale."""
-    shares = {name: [count / max(sum(bins), 1) for count in bins] for name, bins in counts.items()}
-    highest = max(max(bins) for bins in shares.values()) or 1
-    row, left, width = 96, 8, 616
-    parts = [f'<svg viewBox="0 0 640 {row * len(shares) + 24}" role="img" font-size="12">']
-    for index, (name, bins) in enumerate(shares.items()):
-        foot, step, colour = row * (index + 1) - 8, width / len(bins), _colour(index)
-        parts.append(f'<text x="{left}" y="{foot - 70}" fill="{colour}" font-weight="600">{escape(name)}</text>'
-                     f'<path d="M{left} {foot}H{left + width}" stroke="#c5ccd3"/>')
-        for place, height in enumerate(62 * share / highest for share in bins):
-            parts.append(f'<rect x="{left + step * place + 1:.1f}" y="{foot - height:.1f}" width="{step - 2:.1f}" '
-                         f'height="{height:.1f}" fill="{colour}"/>')
-    foot = row * len(shares) + 8
-    parts += [f'<text x="{left + width * tenth / 10:.0f}" y="{foot}" fill="#5b6570" text-anchor="'
-              f'{"start" if tenth == 0 else "end" if tenth == 10 else "middle"}">{tenth / 10:.1f}</text>'
-              for tenth in range(0, 11, 2)]
-    return "".join([*parts, "</svg>"])
+
+    def draw(figure: Any) -> None:
+        rows = figure.subplots(len(counts), sharex=True, sharey=True, squeeze=False)[:, 0]
+        for index, (axes, (name, bins)) in enumerate(zip(rows, counts.items(), strict=True)):
+            axes.bar([place / len(bins) for place in range(len(bins))], [count / max(sum(bins), 1) for count in bins],
+                     1 / len(bins), align="edge", color=_colour(index), edgecolor="white")
+            axes.set_title(_wrapped(name), color=_colour(index), loc="left")
+            axes.set(xlim=(0, 1))
+            axes.yaxis.set_major_formatter("{x:.0%}")
+            axes.locator_params(axis="y", nbins=3)
+        rows[-1].set_xlabel("reward of an answer")
+        figure.supylabel("share of answers")
+
+    return _svg("rewards", "how answers spread over rewards", 40 + 60 * len(counts) + _height(counts), draw)
 
 
 def risk_svg(curves: Mapping[str, Sequence[Sequence[float]]], promise: float) -> str:
     """Draw the share of wrong products (up) over the share accepted (right). curves: (threshold, coverage, risk)."""
-    highest = max([promise * 1.5, *(risk for curve in curves.values() for _, _, risk in curve)])
-    left, right, top, bottom = 52, 628, 12, 200
-    parts = ['<svg viewBox="0 0 640 240" role="img" font-size="12">']
-    for share in (0.0, 0.5, 1.0):
-        parts.append(f'<path d="M{left} {bottom - (bottom - top) * share}H{right}" stroke="#e4e7eb"/>'
-                     f'<text x="{left - 8}" y="{bottom - (bottom - top) * share + 4}" text-anchor="end" fill="#5b6570">'
-                     f'{highest * share:.0%}</text>'
-                     f'<text x="{left + (right - left) * share}" y="{bottom + 18}" fill="#5b6570" text-anchor="'
-                     f'{"start" if share == 0 else "end" if share == 1 else "middle"}">{share:.0%}</text>')
-    level = bottom - (bottom - top) * promise / highest
-    parts.append(f'<path d="M{left} {level:.1f}H{right}" stroke="#d1495b" stroke-dasharray="5 4"/>')
-    for index, (name, curve) in enumerate(curves.items()):
-        points = " ".join(f"{left + (right - left) * coverage:.1f},{bottom - (bottom - top) * risk / highest:.1f}"
-                          for _, coverage, risk in curve)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{_colour(index)}" stroke-width="2"/>'
-                     f'<text x="{left + 8 + 150 * index}" y="236" fill="{_colour(index)}">{escape(name)}</text>')
-    return "".join([*parts, "</svg>"])
+    names = [*curves, "the promise"]
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        _lines(axes, ([(coverage, risk) for _, coverage, risk in curve] for curve in curves.values()))
+        axes.axhline(promise, color="#1c2530", linestyle="--")
+        axes.set(xlabel="products accepted, the surest first", ylabel="wrong among them", xlim=(0, 1),
+                 ylim=(0, max(axes.get_ylim()[1], 1.5 * promise)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:.0%}")
+        _legend(figure, axes.get_lines(), names)
+
+    return _svg("risk", "wrong answers among the products accepted", 210 + _height(names), draw)
 
 
 def interval_svg(change: float, low: float, high: float, reach: float) -> str:
@@ -132,3 +131,44 @@ def _box(sides: tuple[float, float, float], scale: float, foot: float, fill: str
             f"M{left + right:.1f} {foot:.1f}l{slant:.1f} {-slant:.1f}v{-up:.1f}l{-slant:.1f} {slant:.1f}z")
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
     return f'<path d="{path}" fill="{fill}" stroke="{stroke}" stroke-width="1.6" stroke-linejoin="round"{dashed}/>'
+
+
+def _svg(name: str, title: str, height: float, draw: Callable[[Any], None]) -> str:
+    """Make an element of a page of what matplotlib draws; the name keeps its ids apart from other pictures'."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    file = io.StringIO()
+    with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": name}]):
+        figure = Figure((_WIDTH / 72, height / 72), layout="constrained")
+        draw(figure)
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = file.getvalue()
+    svg = re.sub(r"<style.*?</style>", "", svg[svg.index("<svg"):])  # would reach every element of the page
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every picture; nothing refers to them
+    svg = re.sub(r'(<text style="[^"]*?); font-family: [^;"]*', r"\1", svg)  # the page's font
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}" font-family="sans-serif" '
+                               'style="stroke-linejoin: round; stroke-linecap: butt"', 1)
+
+
+def _lines(axes: Any, series: Iterable[Sequence[tuple[float, float]]]) -> None:
+    axes.margins(0)
+    for index, points in enumerate(series):
+        axes.plot([point[0] for point in points], [point[1] for point in points], color=_colour(index), clip_on=False,
+                  marker="o" if len(points) == 1 else "")
+
+
+def _legend(figure: Any, lines: Sequence[Any], names: Sequence[str]) -> None:
+    legend = figure.legend(lines, [str(index) for index in range(len(names))], loc="outside lower left",
+                           labelcolor="linecolor")
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(_wrapped(name))  # not above, where a name that begins with _ is left out
+
+
+def _height(names: Iterable[str]) -> float:
+    return sum(20 + 14 * _wrapped(name).count("\n") for name in names)
+
+
+def _wrapped(name: str) -> str:
+    """Break a long name into lines; what can't be printed, and XML can't hold, becomes a ?."""
+    return "\n".join(textwrap.wrap("".join(sign if sign.isprintable() else "?" for sign in name), 28))

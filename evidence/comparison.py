@@ -139,7 +139,7 @@ def confidence(records: Sequence[Record], promise: float) -> dict[str, Any]:
 def _acceptance(found: Acceptance | None) -> dict[str, Any] | None:
     if found is None:
         return None
-    return asdict(found) | {"coverage": found.coverage, "risk": found.risk,
+    return asdict(found) | {"at_most": found.at_most, "coverage": found.coverage, "risk": found.risk,
                             "interval": wilson_interval(found.wrong, found.accepted)}
 
 

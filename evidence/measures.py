@@ -13,7 +13,7 @@ from statistics import fmean
 import numpy as np
 
 TRIED = 5  # thresholds
-Z_TWO_SIDED, Z_TRIED = 1.959964, 2.326348  # normal quantiles: of 95 % on both sides, of 1 - 5 % / TRIED on one
+_DRAWS = 10_000
 SLIP_FACTORS = (10.0, 100.0, 2.54, 25.4, 12.0, 30.48)  # cm for mm or m, inch for cm or mm, foot for inch or cm
 _SLIP_TOLERANCE = 0.05
 _TOLERANCE = 1e-9  # 10 % off is within 10 %, whatever the binary fraction says
@@ -91,30 +91,39 @@ def most_agreed(answers: Sequence[Sequence[float]]) -> tuple[int, float | None]:
     return best, scores[best]
 
 
-def bootstrap_interval(values: Sequence[float], draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % percentile interval of the mean: resample the values (one a product) with replacement."""
-    data, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
-    # A hundred draws at a time bound the memory, whatever the number of products.
-    means = np.concatenate([data[rng.integers(0, len(data), (100, len(data)))].mean(1) for _ in range(draws // 100)])
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    from scipy.stats import bootstrap  # here, since importing it takes a second
+
+    if len(values) == 1:
+        return float(values[0]), float(values[0])
+    found = bootstrap((np.asarray(values, dtype=float),), np.mean, n_resamples=_DRAWS, batch=100, method="percentile",
+                      rng=np.random.default_rng(0)).confidence_interval
+    return float(found.low), float(found.high)
 
 
-def paired_p_value(changes: Sequence[float], draws: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p-value of "nothing changed": how often random signs give a mean change at least as large."""
-    data, rng = np.asarray(changes, dtype=float), np.random.default_rng(seed)
-    observed = abs(data.mean()) - _TOLERANCE
-    extreme = sum(int((np.abs((rng.choice([-1.0, 1.0], (100, len(data))) * data).mean(1)) >= observed).sum())
-                  for _ in range(draws // 100))
-    return (extreme + 1) / (draws + 1)
+def paired_p_value(changes: Sequence[float]) -> float:
+    """Two-sided p-value of "nothing changed": how often random signs give a mean change at least as large.
+
+    Exact for up to 13 products, whose 2 ** 13 patterns of signs are fewer than the draws.
+    """
+    from scipy.stats import permutation_test
+
+    if len(changes) == 1:
+        return 1.0
+    batch = min(1000, 1 + 3_000_000 // len(changes))  # bounds the memory
+    # Rounded, so that patterns alike but for binary fractions count as alike.
+    return float(permutation_test((np.asarray(changes, dtype=float),),
+                                  lambda signed, axis: signed.mean(axis).round(9), permutation_type="samples",
+                                  n_resamples=_DRAWS, batch=batch, rng=np.random.default_rng(0)).pvalue)
 
 
-def wilson_interval(hits: int, count: int, z: float = Z_TWO_SIDED) -> tuple[float, float]:
-    """The interval of a share: hits of count."""
-    share, spread = hits / count, z * z / count
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
+def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share: hits of count."""
+    from scipy.stats import binomtest
+
+    found = binomtest(hits, count).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,6 @@ class Acceptance:
     accepted: int
     wrong: int
     products: int
-    at_most: float  # the upper end of the interval of the share of wrong ones, corrected for TRIED thresholds
 
     @property
     def coverage(self) -> float:
@@ -135,6 +143,14 @@ class Acceptance:
     def risk(self) -> float:
         return self.wrong / self.accepted
 
+    @property
+    def at_most(self) -> float:
+        """The upper end of the 95 % interval of the share of wrong ones, corrected for TRIED thresholds."""
+        from scipy.stats import binomtest
+
+        one_sided = binomtest(self.wrong, self.accepted, alternative="less")
+        return float(one_sided.proportion_ci(1 - 0.05 / TRIED, method="wilson").high)
+
 
 def risk_coverage(confidences: Sequence[float], wrong: Sequence[bool]) -> list[Acceptance]:
     """One line for each threshold, from the strictest: how many products it accepts, and how many of them are wrong."""
@@ -143,7 +159,7 @@ def risk_coverage(confidences: Sequence[float], wrong: Sequence[bool]) -> list[A
     for threshold, same in groupby(ordered, key=lambda pair: pair[0]):
         outcomes = [is_wrong for _, is_wrong in same]
         accepted, bad = accepted + len(outcomes), bad + sum(outcomes)
-        lines.append(Acceptance(threshold, accepted, bad, len(ordered), wilson_interval(bad, accepted, Z_TRIED)[1]))
+        lines.append(Acceptance(threshold, accepted, bad, len(ordered)))
     return lines
 
 

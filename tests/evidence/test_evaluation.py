@@ -2,12 +2,10 @@
 
 import json
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 from openpyxl import load_workbook
 
-from evidence.charts import curve_svg
 from evidence.comparison import Answers, build_report, histogram
 from evidence.evaluation import Record, summarise, with_other_photos
 from evidence.report import answer_line, change_lines, confidence_line, review_rows, summary_table, tables, write_sheet
@@ -137,10 +135,3 @@ def test_every_product_gets_another_ones_photos():
     for own, other in zip(samples, swapped, strict=True):
         assert own.photos != other.photos and len(own.photos) == len(other.photos)
         assert (own.row, own.label, own.text) == (other.row, other.label, other.text)
-
-
-def test_a_curve_is_drawn_to_scale():
-    svg = ElementTree.fromstring(curve_svg({"a <b>": [(0, 0.0), (50, 0.5), (100, 1.0)]}, "t & u"))
-    line = svg.find("{http://www.w3.org/2000/svg}polyline")
-    assert line.get("points") == "48.0,312.0 336.0,176.0 624.0,40.0"
-    assert "a <b>" in "".join(svg.itertext()) and "t & u" in "".join(svg.itertext())

@@ -1,4 +1,4 @@
-"""Size errors, slips, agreement against numbers worked by hand; intervals and the paired test against scipy."""
+"""Size errors, slips, agreement, intervals and the paired test against numbers worked by hand."""
 
 import numpy as np
 import pytest
@@ -65,28 +65,38 @@ def test_agreement_and_the_answer_most_agreed_on():
     assert most_agreed([(10,)]) == (0, None)
 
 
-def test_interval_and_paired_test_agree_with_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    changes = np.random.default_rng(3).normal(0.05, 0.3, 96)
-    theirs = stats.bootstrap((changes,), np.mean, n_resamples=20_000, method="percentile", random_state=1)
-    assert bootstrap_interval(changes, 20_000) == pytest.approx(tuple(theirs.confidence_interval), abs=0.003)
-    permuted = stats.permutation_test((changes,), np.mean, permutation_type="samples", n_resamples=20_000, rng=1)
-    assert 0.01 < permuted.pvalue < 0.5
-    assert paired_p_value(changes, 20_000) == pytest.approx(permuted.pvalue, abs=0.015)
-    for hits, count in ((0, 30), (3, 40), (40, 40)):
-        exact = stats.binomtest(hits, count).proportion_ci(method="wilson")
-        assert wilson_interval(hits, count) == pytest.approx((exact.low, exact.high), abs=1e-6)
-        one_sided = stats.binomtest(hits, count, alternative="less").proportion_ci(method="wilson")
-        assert wilson_interval(hits, count, 1.644854)[1] == pytest.approx(one_sided.high, abs=1e-6)
+@pytest.mark.parametrize("count", [1, 2, 3, 96, 1000])
+def test_the_bootstrap_draws_from_the_values(count):
+    values, rng = np.random.default_rng(count).normal(0.05, 0.3, count), np.random.default_rng(0)
+    means = np.concatenate([values[rng.integers(0, count, (100, count))].mean(1) for _ in range(100)])
+    assert bootstrap_interval(values) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=1e-12)
 
 
-def test_intervals_by_hand():
-    assert bootstrap_interval([0.5] * 7) == (0.5, 0.5)
+def test_bootstrap_intervals_by_hand():
+    assert bootstrap_interval([0.5] * 7) == (0.5, 0.5) and bootstrap_interval([0.3]) == (0.3, 0.3)
     low, high = bootstrap_interval([0, 1] * 50)
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02) and high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
-    assert paired_p_value([0.0] * 9) == 1 and paired_p_value([0.2] * 30) < 0.001
-    assert paired_p_value([0.1, 0.1]) == pytest.approx(0.5, abs=0.03)  # two of four sign patterns are as extreme
-    assert wilson_interval(0, 16, 2.0) == pytest.approx((0, 4 / 20))
+
+
+@pytest.mark.parametrize(("changes", "p_value"), [
+    ([0.7], 1), ([0.1, 0.1], 2 / 4), ([0.1, -0.1], 1), ([0.1, 0.2, 0.3], 2 / 8),  # all of one sign: + + + and - - -
+    ([0.3, 0.2, -0.1], 4 / 8),  # sums of 0.4 or more, either way: 0.6, 0.4, -0.4, -0.6
+    ([0.2] * 13, 2 / 2 ** 13), ([0.2] * 30, 1 / 5000.5), ([0.0] * 9, 1), ([1e-17] * 9, 1),
+])
+def test_paired_p_values_by_hand(changes, p_value):
+    assert paired_p_value(changes) == pytest.approx(p_value)
+
+
+def test_the_paired_test_of_many_is_near_the_normal_one():
+    changes = np.tile([0.5, -0.4], 100)  # random signs: mean 0, deviation sqrt((0.25 + 0.16) / 2 / 200) = 0.032016
+    assert paired_p_value(changes) == pytest.approx(0.1184, abs=0.01)  # 0.05 is 1.5617 deviations
+
+
+def test_wilson_intervals_by_hand():
+    square = 1.959964 ** 2
+    assert wilson_interval(0, 16) == pytest.approx((0, square / (16 + square)))
+    assert wilson_interval(5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-6)
+    assert wilson_interval(40, 40) == pytest.approx((40 / (40 + square), 1))
 
 
 def test_risk_and_coverage():
