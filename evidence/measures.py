@@ -4,7 +4,6 @@ Errors are relative: 0.1 is ten per cent of the true size. A side or a volume th
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,17 +11,13 @@ from statistics import fmean
 
 import numpy as np
 
+from sizes.texts import sizes_in_text
+
 TRIED = 5  # thresholds
 _DRAWS = 10_000
 SLIP_FACTORS = (10.0, 100.0, 2.54, 25.4, 12.0, 30.48)  # cm for mm or m, inch for cm or mm, foot for inch or cm
 _SLIP_TOLERANCE = 0.05
 _TOLERANCE = 1e-9  # 10 % off is within 10 %, whatever the binary fraction says
-_STATED = re.compile(
-    r"(\d+(?:\.\d+)?)\s*(mm|cm|m|inches|inch|in|ft|feet|毫米|厘米|公分|米|英寸|英尺|[\"″”])?(?![a-wyz\d])"
-)
-_UNIT_CM = {"mm": 0.1, "毫米": 0.1, "cm": 1.0, "厘米": 1.0, "公分": 1.0, "m": 100.0, "米": 100.0, "in": 2.54,
-            "inch": 2.54, "inches": 2.54, "英寸": 2.54, '"': 2.54, "″": 2.54, "”": 2.54, "ft": 30.48, "feet": 30.48,
-            "英尺": 30.48}
 
 
 def within(errors: Sequence[float], tolerance: float) -> bool:
@@ -57,14 +52,9 @@ def unit_slip(sizes: Sequence[float], label: Sequence[float]) -> float | None:
 def stated_size(text: str, label: Sequence[float]) -> str:
     """Say what sizes a product's text names: "the true size", "other sizes" (numbers with a unit), or "no size".
 
-    The true size is named when each of the label's sizes stands in the text, within 2 %; a number without a unit of
-    its own takes the next one behind it.
+    The true size is named when each of the label's sizes stands in the text, within 2 %.
     """
-    found, unit = [], None
-    for match in reversed(list(_STATED.finditer(text.lower()))):
-        unit = match[2] or unit
-        if unit:
-            found.append(float(match[1]) * _UNIT_CM[unit])
+    found = sizes_in_text(text)
     if label and all(any(abs(number - size) <= 0.02 * size for number in found) for size in label):
         return "the true size"
     return "other sizes" if found else "no size"
@@ -85,10 +75,10 @@ def most_agreed(answers: Sequence[Sequence[float]]) -> tuple[int, float | None]:
     """
     if len(answers) < 2:
         return 0, None
-    scores = [fmean(agreement(one, other) for place, other in enumerate(answers) if place != index)
+    means = [fmean(agreement(one, other) for place, other in enumerate(answers) if place != index)
               for index, one in enumerate(answers)]
-    best = max(range(len(scores)), key=scores.__getitem__)
-    return best, scores[best]
+    best = max(range(len(means)), key=means.__getitem__)
+    return best, means[best]
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -112,10 +102,12 @@ def paired_p_value(changes: Sequence[float]) -> float:
     if len(changes) == 1:
         return 1.0
     batch = min(1000, 1 + 3_000_000 // len(changes))  # bounds the memory
-    # Rounded, so that patterns alike but for binary fractions count as alike.
+    # Both sides in one: scipy would double the smaller. Rounded, so that patterns alike but for binary fractions count
+    # as alike.
     return float(permutation_test((np.asarray(changes, dtype=float),),
-                                  lambda signed, axis: signed.mean(axis).round(9), permutation_type="samples",
-                                  n_resamples=_DRAWS, batch=batch, rng=np.random.default_rng(0)).pvalue)
+                                  lambda signed, axis: np.abs(signed.mean(axis)).round(9), permutation_type="samples",
+                                  alternative="greater", n_resamples=_DRAWS, batch=batch,
+                                  rng=np.random.default_rng(0)).pvalue)
 
 
 def wilson_interval(hits: int, count: int) -> tuple[float, float]:
