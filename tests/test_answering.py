@@ -15,12 +15,13 @@ import torch
 
 import test_model as answering
 from config import AnswerOptions
-from conftest import noise_photo, train_options
 from evidence.journal import Journal
 from evidence.report import write_sheet
 from ground.options import check_options, write_options
 from models.policy import Policy
+from runs import train_options
 from sheets.samples import DataError, PhotoError, cached_photo_path
+from tiny import noise_photo
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from conftest import as_flags, train_options
+from runs import as_flags, train_options
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from loguru import logger
 
-from conftest import noise_photo
 from rollout import PromptEncoder, draw_uniforms, rollout, rollout_groups
 from sheets.samples import PhotoError, Sample, load_photos
+from tiny import noise_photo
 
 
 def sample_of(tmp_path, row, text="box", photos=1, label=(12.0, 8.0, 15.0)):

@@ -10,11 +10,11 @@ import torch
 import run as comparing
 import train_vlm_parallel as training
 from config import CompareOptions
-from conftest import train_options
 from evidence.evaluation import ablations, evaluate
 from ground.errors import UserError
 from ground.options import check_options
 from rollout import PromptEncoder
+from runs import train_options
 
 
 @pytest.fixture(scope="module")

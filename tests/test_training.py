@@ -12,33 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import train_vlm_parallel as training
 from config import CompareOptions, TrainOptions
-from conftest import as_flags, train_options
 from evidence.report import write_sheet
 from ground.errors import OptionError
 from loss import VLM_GRPOLoss
 from run import choose_samples
+from runs import as_flags, one_step, tags, train_options, weights, write_shop
 from sheets.samples import DataError
 from sheets.table import write_table
 from training import setup as loading
 from training.checkpoint import list_checkpoints, options_of
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def tags(log_dir):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(log_dir))
-    events.Reload()
-    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
 def test_bad_rows_stop_a_run_before_weights_load(shop, tmp_path):
@@ -227,16 +214,6 @@ def test_a_non_finite_gradient_is_skipped_too(shop, tmp_path, monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(before, run.learner.parameters, strict=True))
 
 
-def one_step(options, advantages=None):
-    """A prepared run and the buffer of one rollout; the tiny model's answers are worthless, so advantages are set."""
-    run = training.prepare(replace(options, eval_every=0, kl_weight=0.0), training.Processes())
-    groups, _ = training.rollout_groups(run.encoder, run.products[:3], 4, 1.0, 8, "0/0", 3)
-    buffer = training.fill_buffer(groups, run, options)
-    for item in buffer.items:
-        item.advantages = torch.tensor(advantages or [1.5, -0.5, -0.5, -0.5])
-    return run, buffer
-
-
 def test_an_update_makes_the_better_answers_likelier(shop, tmp_path):
     options = train_options(shop, tmp_path, eval_every=0, lr=1e-3, epochs=4)
     run, buffer = one_step(options)
@@ -323,8 +300,6 @@ def test_held_out_products_are_never_trained_on(shop, tmp_path):
 
 
 def test_a_photo_that_breaks_during_the_run_costs_its_group_only(shop, tmp_path, said, tokenizer, image_processor):
-    from conftest import write_shop
-
     broken = write_shop(tmp_path, tokenizer, image_processor)
     options = train_options(broken, tmp_path, batch_size=8, max_steps=1, eval_every=0, eval_fraction=0.0)
     for photo in sorted((broken / "photos").iterdir())[:2]:

@@ -1,25 +1,19 @@
 """One of two processes: sharded policies against whole ones, on the same products. Run by test_sharding.py."""
 
-import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "models")]
-os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-torch.set_num_threads(1)
-
 import demo  # noqa: E402
-from conftest import parts_of  # noqa: E402
 from models.policy import Policy  # noqa: E402
 from models.sharding import gathered, shard  # noqa: E402
 from models.trainable import set_trainable  # noqa: E402
-from test_lora import adapted  # noqa: E402
-from test_policy import sample, three_prompts  # noqa: E402
+from tiny import adapted, parts_of, sample, three_prompts  # noqa: E402
 
 CASES = (("dense", "language", False), ("hybrid", "adapter", False), ("v47", "language", True),
          ("qwen2_5_vl", "language and vision", True))

@@ -5,8 +5,7 @@ import torch
 
 from models import decoding
 from models.policy import Policy
-from test_lora import adapted
-from test_policy import sample, three_prompts
+from tiny import adapted, sample, three_prompts
 
 
 def as_written(policy, exact_path, **options):

@@ -18,7 +18,6 @@ import run
 import test_model
 import train_vlm_parallel as training
 from config import AnswerOptions, CompareOptions, ExportOptions
-from conftest import parts_of, train_options
 from ground.errors import OptionError
 from ground.options import check_options, read_options, write_options
 from models import lora
@@ -26,24 +25,14 @@ from models.family import ModelError
 from models.loading import load_minicpm
 from models.policy import Policy
 from models.trainable import parameter_table, set_trainable, warn_without_gradient
-from test_policy import sample, three_prompts
-from test_training import tags
+from runs import tags, train_options
+from tiny import adapted, parts_of, sample, three_prompts
 from training.checkpoint import options_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
 DELTA_NET = {f"linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")}
 MLP = {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-
-
-def adapted(policy, rank=4):
-    """The policy with an adapter that changes its answers: as peft makes it, it would not."""
-    policy.add_adapter(rank, None, "base")
-    torch.manual_seed(1)
-    for name, parameter in policy.model.named_parameters():
-        if ".lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return policy
 
 
 def scored(policy, prompts, generation, **options):

@@ -9,9 +9,8 @@ import sys
 
 import torch
 
-from conftest import noise_photo, parts_of
 from models.policy import Policy
-from test_lora import adapted
+from tiny import adapted, noise_photo, parts_of
 
 KINDS = ["hybrid", "v47", "qwen2_5_vl", "qwen3_vl"]
 ANSWER = """

@@ -5,27 +5,13 @@ import copy
 import pytest
 import torch
 
-from conftest import noise_photo, own_logits, tiny_model
 from models import shared_prefix
 from models.family import ModelError, shrink
 from models.loading import family_of, freeze, load_minicpm, load_weights
 from models.policy import Policy, _inverse_cdf
 from models.trainable import set_trainable, warn_without_gradient
 from rollout import draw_uniforms
-
-
-def three_prompts(policy):
-    """Prompts of unequal length: two photos (one sliced), one photo, none."""
-    return [policy.encode_prompt("mug, grid 10 cm", [noise_photo(1), noise_photo(2, (128, 96))]),
-            policy.encode_prompt("box, grid 5 cm, a longer text than the others have", [noise_photo(3)]),
-            policy.encode_prompt("vase", [])]
-
-
-def sample(policy, prompts, group_size=4, columns=12, temperature=0.7, seed="sample"):
-    with torch.no_grad():
-        features = policy.photo_features(prompts)
-    uniforms = torch.cat([draw_uniforms(f"{seed}/{index}", group_size, columns) for index in range(len(prompts))])
-    return policy.sample(prompts, features, uniforms, temperature)
+from tiny import noise_photo, own_logits, sample, three_prompts, tiny_model
 
 
 def score_one_by_one(policy, prompt, answer, temperature):

@@ -8,8 +8,7 @@ import torch
 from models import shared_prefix
 from models.policy import Policy
 from models.trainable import set_trainable
-from test_lora import adapted
-from test_policy import sample, three_prompts
+from tiny import adapted, sample, three_prompts
 
 
 def gradients(policy, prompts, generation, exact_path, checkpointing):

@@ -22,12 +22,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import demo  # noqa: E402
-from conftest import as_flags, train_options, write_shop  # noqa: E402
+from runs import as_flags, train_options, write_shop  # noqa: E402
 
 STEPS = 24
 

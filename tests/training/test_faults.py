@@ -15,11 +15,10 @@ from safetensors import SafetensorError
 import train_vlm_parallel as training
 import update
 from config import TrainOptions
-from conftest import train_options
 from ground.errors import OptionError
 from models.family import ModelError
 from replay_buffer import ReplayBuffer
-from test_training import one_step, weights
+from runs import one_step, train_options, weights, write_shop
 from training import checkpoint
 from training.checkpoint import find_damage, list_checkpoints, whole_folder, write_checksums
 from training.preflight import largest_product, moments_to_come, products_that_fit
@@ -192,8 +191,6 @@ def test_sigterm_during_a_save_lets_it_finish(shop, tmp_path, monkeypatch):
 
 def test_a_photo_deleted_during_the_run_costs_its_group_only(shop, tmp_path, said, monkeypatch, tokenizer,
                                                              image_processor):
-    from conftest import write_shop
-
     own = write_shop(tmp_path, tokenizer, image_processor)
     good = training.finish_step
 

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from kill_at_random import kill_and_resume, run_to_the_end, same, settings
 from safetensors.torch import load_file
+from training_worker import CASES, CONFIGS, RESUMED, give_worth, options_of_case, options_of_config
 
 import rollout
 import train_vlm_parallel as training
 from config import TrainOptions
-from conftest import as_flags, tiny_model, train_options, write_shop
 from ground.options import parse_options
-from kill_at_random import kill_and_resume, run_to_the_end, same, settings
-from training_worker import CASES, CONFIGS, RESUMED, give_worth, options_of_case, options_of_config
+from runs import as_flags, train_options, write_shop
+from tiny import tiny_model
 
 WORKER = Path(__file__).parent / "training_worker.py"
 

@@ -2,20 +2,15 @@
 test_two_processes.py: training_worker.py FOLDER, with a shop in it."""
 
 import faulthandler
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-
-torch.set_num_threads(1)
-
 from loguru import logger  # noqa: E402
 
 import reward  # noqa: E402
@@ -23,9 +18,9 @@ import rollout  # noqa: E402
 import train_vlm_parallel as training  # noqa: E402
 import update  # noqa: E402
 from config import TrainOptions  # noqa: E402
-from conftest import train_options  # noqa: E402
 from ground.options import parse_options  # noqa: E402
 from models.sharding import whole  # noqa: E402
+from runs import train_options  # noqa: E402
 
 # name: the options, beside those of both; what one process does with twice the --batch_size is the measure.
 CASES = {
