@@ -6,12 +6,13 @@ ones. In float64 they agree to about 1e-14, so such a number is one in ten milli
 """
 
 from contextlib import contextmanager
+from functools import wraps
 
 import peft  # noqa: F401  # whatever looks torch.float32 up when it is imported, must find it as it is
 import pytest
-import safetensors.torch  # noqa: F401
+import safetensors.torch
 import torch
-import transformers.modeling_utils  # noqa: F401
+from transformers import PreTrainedModel
 from transformers.models.minicpmv4_7 import modeling_minicpmv4_7  # noqa: F401
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl  # noqa: F401
 from transformers.models.qwen3_5 import modeling_qwen3_5  # noqa: F401
@@ -20,6 +21,18 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl  # noqa: F401
 import train_vlm_parallel  # noqa: F401
 from models import loading
 from training import guard
+
+FLOAT32 = torch.float32
+
+
+def aside(function):
+    """Let a function find torch.float32 as it is: those that read and write files know the sizes of numbers by it."""
+    @wraps(function)
+    def wrapped(*args, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "float32", FLOAT32)
+            return function(*args, **options)
+    return wrapped
 
 
 @contextmanager
@@ -33,6 +46,10 @@ def float64(*policies):
         patch.setitem(guard.LIMITS, torch.float64, guard.LIMITS[torch.float32])
         patch.setitem(loading.DTYPES, "float32", torch.float64)
         patch.setattr(loading.load_minicpm, "__defaults__", (torch.float64, *loading.load_minicpm.__defaults__[1:]))
+        patch.setattr(PreTrainedModel, "from_pretrained", classmethod(aside(PreTrainedModel.from_pretrained.__func__)))
+        patch.setattr(PreTrainedModel, "save_pretrained", aside(PreTrainedModel.save_pretrained))
+        for name in ("load_file", "save_file"):
+            patch.setattr(safetensors.torch, name, aside(getattr(safetensors.torch, name)))
         patch.setattr(torch, "float32", torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         torch.set_default_dtype(torch.float64)

@@ -20,6 +20,7 @@ import update  # noqa: E402
 from config import TrainOptions  # noqa: E402
 from ground.options import parse_options  # noqa: E402
 from models.sharding import whole  # noqa: E402
+from rounding import float64  # noqa: E402
 from runs import train_options  # noqa: E402
 
 # name: the options, beside those of both; what one process does with twice the --batch_size is the measure.
@@ -177,22 +178,23 @@ def main(folder):
     logger.remove()
     give_worth()
     rows = watch_products()
-    for name, changes in CASES.items():
-        rows.clear()
-        training.train(options_of_case(folder, name, 2))
-        check_line(rows, 9 if "missing_photos" in changes else 8)
-        print(f"{name}: done", flush=True)
-    for name in RESUMED:
-        training.train(options_of_case(folder, name, 2, resume="auto"))
-        print(f"{name}: done", flush=True)
+    with float64():
+        for name, changes in CASES.items():
+            rows.clear()
+            training.train(options_of_case(folder, name, 2))
+            check_line(rows, 9 if "missing_photos" in changes else 8)
+            print(f"{name}: done", flush=True)
+        for name in RESUMED:
+            training.train(options_of_case(folder, name, 2, resume="auto"))
+            print(f"{name}: done", flush=True)
+        short_of_memory(folder)
+        for sharding in ("none", "fsdp"):
+            failing_rollouts(folder, sharding)
+            planted_nan(folder, sharding)
+            print(f"faults, {sharding}: done", flush=True)
     for path in CONFIGS:
         training.train(options_of_config(path, folder, folder / path.stem))
         print(f"{path.name}: done", flush=True)
-    short_of_memory(folder)
-    for sharding in ("none", "fsdp"):
-        failing_rollouts(folder, sharding)
-        planted_nan(folder, sharding)
-        print(f"faults, {sharding}: done", flush=True)
 
 
 if __name__ == "__main__":
