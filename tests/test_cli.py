@@ -57,8 +57,8 @@ def trained(shop, tmp_path_factory):
     return output / "run" / "step_000003"
 
 
-def test_run_compares_before_and_after(trained):
-    done = run("run.py", "--checkpoint_path", trained, "--num_samples", 2, "--ablate", "--device", "cpu")
+def test_run_compares_before_and_after(trained, run_here):
+    done = run_here("run.py", "--checkpoint_path", trained, "--num_samples", 2, "--ablate", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert "mean reward" in done.stdout and "photos blanked" in done.stdout and "improved" in done.stdout
     folder = trained.parent / "compare"

@@ -36,8 +36,8 @@ def unequal(generation):
     return replace(generation, action_mask=generation.action_mask & (torch.arange(columns) < lengths[:, None]))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("trains", ["language", "language and vision", "adapter"])
+@pytest.mark.parametrize(("trains", "checkpointing"),
+                         [("language", False), ("language and vision", True), ("adapter", True)])
 def test_log_probs_and_gradients_equal_one_answer_at_a_time(policy, trains, checkpointing):
     if trains == "adapter":
         adapted(policy)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from kill_at_random import STEPS, kill_and_resume, same
 from safetensors.torch import load_file
-from training_worker import CASES, CONFIGS, RESUMED, give_worth, options_of_case, options_of_config
+from training_worker import CASES, CONFIGS, FOR_SEVERAL, RESUMED, give_worth, options_of_case, options_of_config
 
 import rollout
 import train_vlm_parallel as training
@@ -32,18 +32,18 @@ def folder(tmp_path_factory, tokenizer, image_processor):
             if name.startswith("none"):
                 training.train(options_of_case(folder, name, 4))
         for name in RESUMED:
-            begun = options_of_case(folder, name, 2, max_steps=2)
+            begun = options_of_case(folder, name, 2, max_steps=1)
             training.train(replace(begun, batch_size=4, sharding="none"))
     rollout.score_answer = good
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                            str(WORKER), str(folder)], capture_output=True, text=True, timeout=1300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("done") == 2 * (len(CASES) + len(RESUMED) + len(CONFIGS) + 2)
+    assert done.stdout.count("done") == 2 * (len(CASES) + len(RESUMED) + len(FOR_SEVERAL) + 2)
     return folder
 
 
-def last_weights(folder, name, batch_size, step=5):
-    run = folder / name / str(batch_size) / f"step_{step:06d}"
+def last_weights(folder, name, batch_size):
+    run = folder / name / str(batch_size) / "step_000003"
     return load_file(next(run.glob("*model.safetensors")))
 
 
@@ -59,7 +59,7 @@ def test_two_processes_train_as_one_does(folder, name):
     assert difference(last_weights(folder, name, 2), alone) < 1e-9
     if "LoRA" not in name:
         start = load_file(folder / "model" / "model.safetensors")
-        assert difference(alone, start) > 3e-4  # five steps of 1e-4
+        assert difference(alone, start) > 2e-4  # three steps of 1e-4
 
 
 def test_a_process_whose_rollouts_fail_changes_nothing_else(folder):
@@ -72,18 +72,21 @@ def test_a_process_whose_rollouts_fail_changes_nothing_else(folder):
 
 
 def test_a_process_short_of_memory_halves_by_itself(folder):
-    found = load_file(folder / "short" / "step_000005" / "model.safetensors")
+    found = load_file(folder / "short" / "step_000003" / "model.safetensors")
     assert difference(found, last_weights(folder, "none, full, hybrid", 4)) < 1e-9
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_ready_configs_start(folder, tmp_path, path):
-    """Here in one process, with a tiny model; the fixture starts them in two."""
-    assert training.train(options_of_config(path, folder, tmp_path)).name == "step_000001"
-    saved = {file.name for file in (folder / path.stem / "run" / "step_000001").iterdir()}
+    """With a tiny model, here in one process; those for several GPUs the fixture started in two."""
+    if path in FOR_SEVERAL:
+        tmp_path = folder / path.stem
+    else:
+        training.train(options_of_config(path, folder, tmp_path))
+    saved = {file.name for file in (tmp_path / "run" / "step_000001").iterdir()}
     assert ("adapter_model.safetensors" if "lora" in path.name else "model.safetensors") in saved
     assert parse_options(TrainOptions, "", ["--config", str(path), "--data_path", str(folder / "data.xlsx")]).gpu_ids \
-        == (tuple(range(int(path.stem[-6]))) if "x80gb" in path.name else ())
+        == (tuple(range(int(path.stem[-6]))) if path in FOR_SEVERAL else ())
 
 
 def test_two_processes_one_of_them_killed_go_on_as_if_nothing_had_happened(folder, tmp_path):
