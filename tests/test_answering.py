@@ -53,7 +53,7 @@ def test_500_rows_killed_and_resumed(shop, tmp_path):
     journal = tmp_path / "out.xlsx.journal"
     process = subprocess.Popen([sys.executable, str(ROOT / "tests/in_float64.py"), "test_model.py", *flags],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < deadline:
         if journal.is_file() and journal.read_bytes().count(b"\n") > 40:
             break

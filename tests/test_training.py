@@ -132,7 +132,7 @@ def test_killed_and_resumed_equals_uninterrupted(shop, tmp_path):
     options = train_options(shop, tmp_path / "killed", **settings)
     command = [sys.executable, str(ROOT / "train_vlm_parallel.py"), *as_flags(options)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list_checkpoints(Path(options.output_dir)) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -48,7 +48,7 @@ def start(options, processes, log):
         return subprocess.Popen(command_of(options, processes), stdout=file, stderr=file)
 
 
-def wait_for(log, words, process, seconds=120):
+def wait_for(log, words, process, seconds=600):
     """Wait until the log holds the words; returns False when the run ended before."""
     deadline = time.monotonic() + seconds
     while words not in log.read_text(errors="replace"):
@@ -93,17 +93,18 @@ def run_to_the_end(options, processes, log):
     process = start(options, processes, log)
     wait_for(log, "pre-flight:", process)
     begin = time.monotonic()
-    if process.wait(timeout=300):
+    if process.wait(timeout=900):
         raise RuntimeError(f"{log}: status {process.returncode}\n{log.read_text()[-2000:]}")
     return time.monotonic() - begin, Path(options.output_dir) / f"step_{STEPS:06d}"
 
 
-def kill_and_resume(shop, folder, processes, delay, one_only=False):
-    """Kill a fresh run some seconds after its first rollout began, resume it; returns where it was and its end."""
+def kill_and_resume(shop, folder, processes, delay, one_only=False, words="pre-flight:"):
+    """Kill a fresh run some seconds after it said the words, those of its first rollout, and resume it; returns where
+    it was and its end."""
     options = settings(shop, folder, processes)
     log = folder / "killed.log"
     process = start(options, processes, log)
-    wait_for(log, "pre-flight:", process)
+    wait_for(log, words, process)
     time.sleep(delay)
     kill(process, one_only)
     partial = any(Path(options.output_dir).glob("*.partial"))
