@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="remote_code_")  # the code of stand-in models is copied there
 # Threads of torch, here and in every process that a test starts: TEST_TORCH_THREADS=2 make test tries two.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_TORCH_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # more threads than cores would else wait for each other at work
 
 import pytest
 import torch
