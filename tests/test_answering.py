@@ -40,9 +40,9 @@ def sheet_of(path, name="answers"):
     return pd.read_excel(path, sheet_name=name, dtype=str, keep_default_na=False)
 
 
-def test_500_rows_killed_and_resumed(shop, tmp_path):
+def test_300_rows_killed_and_resumed(shop, tmp_path):
     rows = [{"text": f"box {index}", "note": f"n{index}", "sku_img": "" if index % 7 else "gone.png"}
-            for index in range(500)]
+            for index in range(300)]
     write_sheet(tmp_path / "many.xlsx", {"products": rows})
     model = shutil.copytree(shop / "model", tmp_path / "model")
     write_options(train_options(shop, tmp_path), model / "options.yaml")
@@ -61,20 +61,20 @@ def test_500_rows_killed_and_resumed(shop, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = journal.read_bytes().count(b"\n") - 1
-    assert 40 <= done < 428, "killed too early or too late to show anything"
+    assert 40 <= done < 257, "killed too early or too late to show anything"
     with journal.open("a") as file:
-        file.write('{"row": 400, "line": {"answ')  # what a kill in the middle of a line leaves
+        file.write('{"row": 299, "line": {"answ')  # what a kill in the middle of a line leaves
     with float64():  # what is resumed is answered in other batches
         answering.main(options)
         answering.main(whole)
     resumed, at_once = sheet_of(tmp_path / "out.xlsx"), sheet_of(tmp_path / "whole.xlsx")
-    assert resumed["row"].tolist() == [str(row) for row in range(2, 502)]
+    assert resumed["row"].tolist() == [str(row) for row in range(2, 302)]
     assert resumed["text"].tolist() == [row["text"] for row in rows]
     assert resumed["note"].tolist() == [row["note"] for row in rows]
     assert resumed.equals(at_once)
     unanswered = resumed[resumed["answer"] == ""]
-    assert set(unanswered["row"]) >= {str(index + 2) for index in range(0, 500, 7)}
-    assert unanswered["problem"].str.contains("photo missing").sum() == 72
+    assert set(unanswered["row"]) >= {str(index + 2) for index in range(0, 300, 7)}
+    assert unanswered["problem"].str.contains("photo missing").sum() == 43
     assert not journal.exists()
 
 

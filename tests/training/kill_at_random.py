@@ -98,9 +98,9 @@ def run_to_the_end(options, processes, log):
     return time.monotonic() - begin, Path(options.output_dir) / f"step_{STEPS:06d}"
 
 
-def kill_and_resume(shop, folder, processes, delay, one_only=False, words="pre-flight:"):
-    """Kill a fresh run some seconds after it said the words, those of its first rollout, and resume it; returns where
-    it was and its end."""
+def kill_a_run(shop, folder, processes, delay, one_only=False, words="pre-flight:"):
+    """Kill a fresh run some seconds after it said the words, those of its first rollout; returns where it was, and the
+    options that resume it."""
     options = settings(shop, folder, processes)
     log = folder / "killed.log"
     process = start(options, processes, log)
@@ -111,7 +111,7 @@ def kill_and_resume(shop, folder, processes, delay, one_only=False, words="pre-f
     steps = re.findall(r"step (\d+)/", log.read_text(errors="replace"))
     place = f"after step {steps[-1] if steps else 0}{', in the middle of a save' if partial else ''}"
     options.resume = "auto"
-    return place, run_to_the_end(options, processes, folder / "resumed.log")[1]
+    return place, options
 
 
 def settings(shop, folder, processes):
@@ -141,8 +141,9 @@ def main():
         for number in range(given.kills):
             delay = moments.uniform(0, 0.9 * seconds)  # its end is leaving, not training
             one_only = given.processes > 1 and number % 3 == 2
-            place, found = kill_and_resume(shop, folder / f"kill_{number}", given.processes, delay, one_only)
-            equal = same(wanted, found)
+            killed = folder / f"kill_{number}"
+            place, options = kill_a_run(shop, killed, given.processes, delay, one_only)
+            equal = same(wanted, run_to_the_end(options, given.processes, killed / "resumed.log")[1])
             different += not equal
             print(f"{number + 1}: killed{' one process' if one_only else ''} {delay:.2f} s in, {place}: "
                   f"{'equal' if equal else 'DIFFERENT'}", flush=True)

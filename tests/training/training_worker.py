@@ -176,6 +176,7 @@ def main(folder):
     """Every case; an assertion that fails ends the process with its traceback."""
     logger.remove()
     training.train(settings(folder, folder / "undisturbed", 2))
+    training.train(replace(settings(folder, folder / "killed", 2), resume="auto"))
     give_worth()
     rows = watch_products()
     with float64():
