@@ -17,7 +17,7 @@ $(CHECKPOINT)/options.yaml: demo/made_by configs/demo.yaml
 
 test: .venv/.installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile  # what a file's tests share is made once
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -15,12 +15,14 @@ import torch
 
 import test_model as answering
 from config import AnswerOptions
-from conftest import noise_photo, train_options
 from evidence.journal import Journal
 from evidence.report import write_sheet
 from ground.options import check_options, write_options
 from models.policy import Policy
+from rounding import float64
+from runs import train_options
 from sheets.samples import DataError, PhotoError, cached_photo_path
+from tiny import noise_photo
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,9 +40,9 @@ def sheet_of(path, name="answers"):
     return pd.read_excel(path, sheet_name=name, dtype=str, keep_default_na=False)
 
 
-def test_500_rows_killed_and_resumed(shop, tmp_path):
+def test_300_rows_killed_and_resumed(shop, tmp_path):
     rows = [{"text": f"box {index}", "note": f"n{index}", "sku_img": "" if index % 7 else "gone.png"}
-            for index in range(500)]
+            for index in range(300)]
     write_sheet(tmp_path / "many.xlsx", {"products": rows})
     model = shutil.copytree(shop / "model", tmp_path / "model")
     write_options(train_options(shop, tmp_path), model / "options.yaml")
@@ -49,9 +51,9 @@ def test_500_rows_killed_and_resumed(shop, tmp_path):
     flags = [word for name in ("model_path", "data_path", "num_samples", "device", "image_cache_dir", "prompt_file",
                                "output_path", "num_threads") for word in (f"--{name}", str(getattr(options, name)))]
     journal = tmp_path / "out.xlsx.journal"
-    process = subprocess.Popen([sys.executable, str(ROOT / "test_model.py"), *flags], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    process = subprocess.Popen([sys.executable, str(ROOT / "tests/in_float64.py"), "test_model.py", *flags],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < deadline:
         if journal.is_file() and journal.read_bytes().count(b"\n") > 40:
             break
@@ -59,19 +61,20 @@ def test_500_rows_killed_and_resumed(shop, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = journal.read_bytes().count(b"\n") - 1
-    assert 40 <= done < 428, "killed too early or too late to show anything"
+    assert 40 <= done < 257, "killed too early or too late to show anything"
     with journal.open("a") as file:
-        file.write('{"row": 400, "line": {"answ')  # what a kill in the middle of a line leaves
-    answering.main(options)
-    answering.main(whole)
+        file.write('{"row": 299, "line": {"answ')  # what a kill in the middle of a line leaves
+    with float64():  # what is resumed is answered in other batches
+        answering.main(options)
+        answering.main(whole)
     resumed, at_once = sheet_of(tmp_path / "out.xlsx"), sheet_of(tmp_path / "whole.xlsx")
-    assert resumed["row"].tolist() == [str(row) for row in range(2, 502)]
+    assert resumed["row"].tolist() == [str(row) for row in range(2, 302)]
     assert resumed["text"].tolist() == [row["text"] for row in rows]
     assert resumed["note"].tolist() == [row["note"] for row in rows]
     assert resumed.equals(at_once)
     unanswered = resumed[resumed["answer"] == ""]
-    assert set(unanswered["row"]) >= {str(index + 2) for index in range(0, 500, 7)}
-    assert unanswered["problem"].str.contains("photo missing").sum() == 72
+    assert set(unanswered["row"]) >= {str(index + 2) for index in range(0, 300, 7)}
+    assert unanswered["problem"].str.contains("photo missing").sum() == 43
     assert not journal.exists()
 
 
@@ -108,9 +111,10 @@ def test_fewer_products_together_when_memory_runs_out(shop, tmp_path, monkeypatc
             raise torch.OutOfMemoryError
         return good(self, prompts, *args, **more)
 
-    answering.main(options_for(shop, tmp_path, output_path=str(tmp_path / "easy.xlsx")))
-    monkeypatch.setattr(Policy, "sample", starved)
-    answering.main(options_for(shop, tmp_path))
+    with float64():
+        answering.main(options_for(shop, tmp_path, output_path=str(tmp_path / "easy.xlsx")))
+        monkeypatch.setattr(Policy, "sample", starved)
+        answering.main(options_for(shop, tmp_path))
     assert sheet_of(tmp_path / "out.xlsx")["answer"].tolist() == sheet_of(tmp_path / "easy.xlsx")["answer"].tolist()
     assert sizes == [8, 4, 4, 2, 2, 2, 2, 1]
 

@@ -208,8 +208,10 @@ def run_quick(tmp_path, *flags):
     return json.loads(path.read_text())["cases"][0], done.stdout
 
 
-def test_our_side_runs(tmp_path):
-    result, said = run_quick(tmp_path, "--no_trl")
+def test_our_side_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step, "keep_memory", lambda: None)  # it would hold for the tests behind this one
+    step.main(step.StepOptions(quick=True, no_trl=True, json=str(tmp_path / "step.json")))
+    result, said = json.loads((tmp_path / "step.json").read_text())["cases"][0], capsys.readouterr().out
     assert set(result["ours"]["repeats"][0]) == set(step.PHASES)
     assert all(seconds > 0 for seconds in result["ours"]["repeats"][0].values())
     assert result["ours"]["peaks"]["train"] > 10

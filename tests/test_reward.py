@@ -215,27 +215,28 @@ CRAFTED = [
 ]
 
 
-def best_time(text):
-    """Time the best of fifteen calls, in seconds; stop once one is far below the bound."""
+def best_time(text, enough=0.3e-3):
+    """The best of fifty calls, in seconds of the processor, which other processes take less of than of the clock; stop
+    once one took less than enough."""
     best = math.inf
-    for _ in range(15):
-        start = time.perf_counter()
+    for _ in range(50):
+        start = time.process_time()
         reward = calculate_reward(text, MUG)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
         assert 0.0 <= reward <= 1.0
-        if best < 0.3e-3:
+        if best < enough:
             break
     return best
 
 
 def test_ten_thousand_hostile_characters_take_under_a_millisecond():
-    slow = {piece: best for piece in HOSTILE if (best := best_time((piece * 10_000)[:10_000])) >= 1e-3}
+    slow = {piece: best for piece in HOSTILE if (best := best_time((piece * 10_000)[:10_000], 1e-3)) >= 1e-3}
     assert not slow
 
 
 def test_the_most_costly_answers_stay_near_a_millisecond():
     """They measure 0.3 to 0.9 ms; the bound leaves room for a slow machine and still fails a quadratic scan."""
-    slow = {text[:30]: best for text in CRAFTED if (best := best_time(text)) >= 2.5e-3}
+    slow = {text[:30]: best for text in CRAFTED if (best := best_time(text, 2.5e-3)) >= 2.5e-3}
     assert all(len(text) <= 10_000 for text in CRAFTED) and not slow
 
 
@@ -284,6 +285,7 @@ def make_answer(chance, drawn):
 
 def test_a_hundred_thousand_generated_strings_always_score_in_zero_to_one():
     seen = {"strings": 0, "scored": 0}
+    read_labels = [parse_label(label) for label in LABELS]  # reading them each time takes a third of the time
 
     @settings(max_examples=260, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @example(seed=0, drawn=["{", "１２"])
@@ -292,11 +294,12 @@ def test_a_hundred_thousand_generated_strings_always_score_in_zero_to_one():
         chance = random.Random(seed)
         for _ in range(400):
             answer = make_answer(chance, drawn)
-            reward = calculate_reward(answer, chance.choice(LABELS))
+            tenth = seen["strings"] % 10 == 0
+            reward = calculate_reward(answer, chance.choice(LABELS if tenth else read_labels))
             assert type(reward) is float and 0.0 <= reward <= 1.0, answer
             seen["strings"] += 1
             seen["scored"] += reward > 0
-            if seen["strings"] % 10 == 0:  # the strict reader may refuse any string, and only in its own words
+            if tenth:  # the strict reader may refuse any string, and only in its own words
                 assert type(score_answer("12 8 15", answer).reward) is float
 
     check()

@@ -1,25 +1,20 @@
 """One of two processes: sharded policies against whole ones, on the same products. Run by test_sharding.py."""
 
-import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "models")]
-os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-torch.set_num_threads(1)
-
 import demo  # noqa: E402
-from conftest import parts_of  # noqa: E402
 from models.policy import Policy  # noqa: E402
 from models.sharding import gathered, shard  # noqa: E402
 from models.trainable import set_trainable  # noqa: E402
-from test_lora import adapted  # noqa: E402
-from test_policy import sample, three_prompts  # noqa: E402
+from rounding import float64  # noqa: E402
+from tiny import adapted, parts_of, sample, three_prompts  # noqa: E402
 
 CASES = (("dense", "language", False), ("hybrid", "adapter", False), ("v47", "language", True),
          ("qwen2_5_vl", "language and vision", True))
@@ -54,6 +49,7 @@ def compare(kind, trains, checkpointing):
     """Sample, score, differentiate; an assertion that fails ends the process with its traceback."""
     rank, world = dist.get_rank(), dist.get_world_size()
     whole, split = (make(kind, trains, checkpointing) for _ in range(2))
+    whole.model.double(), split.model.double()
     everything = sum(parameter.numel() for parameter in split.model.parameters())
     shard(split)
     held = sum(parameter.to_local().numel() for parameter in split.model.parameters())
@@ -67,17 +63,18 @@ def compare(kind, trains, checkpointing):
 
     log_probs, gradients = scored(split, prompts, wanted)
     alone, own = scored(whole, prompts, wanted)
-    assert (log_probs - alone).abs().max() < 1e-5
+    assert (log_probs - alone).abs().max() < 1e-10
     assert gradients.keys() == own.keys()
     for name, grad in own.items():
         dist.all_reduce(grad)
         grad /= world
-        assert (gradients[name] - grad).abs().max() <= 1e-5 * max(1.0, float(grad.abs().max())), name
+        assert (gradients[name] - grad).abs().max() <= 1e-10 * max(1.0, float(grad.abs().max())), name
     print(f"{kind}, {trains}: equal", flush=True)
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    for case in CASES:
-        compare(*case)
+    with float64():
+        for case in CASES:
+            compare(*case)
     dist.destroy_process_group()

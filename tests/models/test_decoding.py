@@ -5,8 +5,8 @@ import torch
 
 from models import decoding
 from models.policy import Policy
-from test_lora import adapted
-from test_policy import sample, three_prompts
+from rounding import float64
+from tiny import adapted, sample, three_prompts
 
 
 def as_written(policy, exact_path, **options):
@@ -19,16 +19,18 @@ def as_written(policy, exact_path, **options):
                                      {"group_size": 1, "temperature": None}, {"columns": 1}])
 def test_the_same_tokens_as_the_slow_twin(policy, options):
     for seed in ("one", "two"):
-        fast, slow = (as_written(policy, exact_path, seed=seed, **options) for exact_path in (False, True))
+        with float64(policy):
+            fast, slow = (as_written(policy, exact_path, seed=seed, **options) for exact_path in (False, True))
         mask = slow.action_mask
         assert torch.equal(fast.action_mask, mask) and torch.equal(fast.truncated, slow.truncated)
         assert torch.equal(fast.completions[mask], slow.completions[mask])
-        assert (fast.old_log_probs - slow.old_log_probs).abs().max() < 1e-4
+        assert (fast.old_log_probs - slow.old_log_probs).abs().max() < 1e-10
 
 
 def test_the_same_tokens_with_an_adapter(policy):
-    adapted(policy)
-    fast, slow = (as_written(policy, exact_path, group_size=6) for exact_path in (False, True))
+    with float64(policy):
+        adapted(policy)
+        fast, slow = (as_written(policy, exact_path, group_size=6) for exact_path in (False, True))
     mask = slow.action_mask
     assert torch.equal(fast.action_mask, mask) and torch.equal(fast.completions[mask], slow.completions[mask])
 

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +16,6 @@ import run
 import test_model
 import train_vlm_parallel as training
 from config import AnswerOptions, CompareOptions, ExportOptions
-from conftest import parts_of, train_options
 from ground.errors import OptionError
 from ground.options import check_options, read_options, write_options
 from models import lora
@@ -27,24 +24,14 @@ from models.loading import load_minicpm
 from models.policy import Policy
 from models.trainable import parameter_table, set_trainable, warn_without_gradient
 from own_reward import Scorer
-from test_policy import sample, three_prompts
-from test_training import tags
+from rounding import float64
+from runs import tags, train_options
+from tiny import adapted, parts_of, sample, three_prompts
 from training.trained import TrainedModel, options_of
 
-ROOT = Path(__file__).resolve().parents[2]
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
 DELTA_NET = {f"linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")}
 MLP = {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-
-
-def adapted(policy, rank=4):
-    """The policy with an adapter that changes its answers: as peft makes it, it would not."""
-    policy.add_adapter(rank, None, "base")
-    torch.manual_seed(1)
-    for name, parameter in policy.model.named_parameters():
-        if ".lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return policy
 
 
 def scored(policy, prompts, generation, **options):
@@ -337,7 +324,8 @@ def test_four_bits_train_compare_and_merge(shop, tmp_path, capsys):
     assert any(tensor.any() for name, tensor in adapter_weights(checkpoint).items() if "lora_B" in name)
     run.main(CompareOptions(checkpoint_path=str(checkpoint), rows="all", num_samples=1, device="cpu"))
     test_model.answer_product(AnswerOptions(model_path=str(checkpoint), text="box 1", device="cpu"))
-    export.main(merge_options(checkpoint, tmp_path / "merged"))
+    with float64():
+        export.main(merge_options(checkpoint, tmp_path / "merged"))
     assert "4 products answered alike" in capsys.readouterr().out
 
 
@@ -351,14 +339,12 @@ def greedy_ids(policy, prompts):
     return [row[mask].tolist() for row, mask in zip(generation.completions, generation.action_mask, strict=True)]
 
 
-def test_the_merged_folder_answers_as_base_and_adapter_do(trained, tmp_path):
+def test_the_merged_folder_answers_as_base_and_adapter_do(trained, tmp_path, capsys):
     checkpoint, options = trained
     merged = tmp_path / "merged"
-    done = subprocess.run([sys.executable, str(ROOT / "export.py"), "--checkpoint_path", str(checkpoint),
-                           "--output_path", str(merged), "--device", "cpu"], capture_output=True, text=True,
-                          timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "4 products answered alike" in done.stdout
+    with float64():
+        export.main(merge_options(checkpoint, merged))
+    assert "4 products answered alike" in capsys.readouterr().out
     assert not (merged / "adapter_config.json").exists() and (merged / "prompt.txt").is_file()
 
     from transformers import AutoModelForImageTextToText
@@ -366,11 +352,12 @@ def test_the_merged_folder_answers_as_base_and_adapter_do(trained, tmp_path):
     model, report = AutoModelForImageTextToText.from_pretrained(merged, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     _, tokenizer, image_processor = load_minicpm(str(merged))
-    policy, reference, _ = training.load_models(options, checkpoint)
-    prompts = three_prompts(policy)
-    by_adapter = greedy_ids(policy, prompts)
-    assert greedy_ids(Policy(model, tokenizer, image_processor), prompts) == by_adapter
-    assert greedy_ids(reference, prompts) != by_adapter
+    with float64():
+        policy, reference, _ = training.load_models(options, checkpoint)
+        prompts = three_prompts(policy)
+        by_adapter = greedy_ids(policy, prompts)
+        assert greedy_ids(Policy(model.double(), tokenizer, image_processor), prompts) == by_adapter
+        assert greedy_ids(reference, prompts) != by_adapter
     test_model.answer_product(AnswerOptions(model_path=str(merged), text="box 1", device="cpu"))
     training.train(lora_options(Path(options.model_path).parent, tmp_path, model_path=str(merged), max_steps=1))
 
@@ -387,7 +374,8 @@ def test_every_family_exports(kind, request, tmp_path, tokenizer, image_processo
     policy.save(str(folder), tmp_path / "whole")
     adapted(policy).adapter.peft_config["default"].base_model_name_or_path = str(folder)
     policy.save(str(folder), tmp_path / "adapter")
-    export.main(merge_options(tmp_path / "adapter", tmp_path / "merged", trust_remote_code=True))
+    with float64():
+        export.main(merge_options(tmp_path / "adapter", tmp_path / "merged", trust_remote_code=True))
     assert "4 products answered alike" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert names == {path.name for path in (tmp_path / "whole").iterdir()} | {
@@ -414,7 +402,8 @@ def test_an_export_without_the_training_sheet_says_what_it_compares(trained, tmp
     shutil.copytree(trained[0], checkpoint)
     options = read_options(checkpoint / "options.yaml")
     write_options(replace(options, data_path="gone.xlsx", quantize="4bit"), checkpoint / "options.yaml")
-    export.main(merge_options(checkpoint, tmp_path / "merged", num_products=2))
+    with float64():
+        export.main(merge_options(checkpoint, tmp_path / "merged", num_products=2))
     assert "made-up texts" in "".join(said) and "trained on a base in 4bit" in "".join(said)
     assert read_options(tmp_path / "merged" / "options.yaml").quantize == "none"
 

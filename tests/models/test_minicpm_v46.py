@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import noise_photo, parts_of
 from models.loading import load_minicpm
 from models.policy import Policy
+from tiny import noise_photo, parts_of
 
 KINDS = ["hybrid", "v47"]
 

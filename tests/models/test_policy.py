@@ -5,27 +5,14 @@ import copy
 import pytest
 import torch
 
-from conftest import noise_photo, own_logits, tiny_model
 from models import shared_prefix
 from models.family import ModelError, shrink
 from models.loading import family_of, freeze, load_minicpm, load_weights
 from models.policy import Policy, _inverse_cdf
 from models.trainable import set_trainable, warn_without_gradient
 from rollout import draw_uniforms
-
-
-def three_prompts(policy):
-    """Prompts of unequal length: two photos (one sliced), one photo, none."""
-    return [policy.encode_prompt("mug, grid 10 cm", [noise_photo(1), noise_photo(2, (128, 96))]),
-            policy.encode_prompt("box, grid 5 cm, a longer text than the others have", [noise_photo(3)]),
-            policy.encode_prompt("vase", [])]
-
-
-def sample(policy, prompts, group_size=4, columns=12, temperature=0.7, seed="sample"):
-    with torch.no_grad():
-        features = policy.photo_features(prompts)
-    uniforms = torch.cat([draw_uniforms(f"{seed}/{index}", group_size, columns) for index in range(len(prompts))])
-    return policy.sample(prompts, features, uniforms, temperature)
+from rounding import float64
+from tiny import noise_photo, own_logits, sample, three_prompts, tiny_model
 
 
 def score_one_by_one(policy, prompt, answer, temperature):
@@ -35,8 +22,10 @@ def score_one_by_one(policy, prompt, answer, temperature):
     return logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
 
 
-def test_sampled_log_probs_equal_rescored_ones(policy):
+@pytest.mark.parametrize("exact_path", [False, True])
+def test_sampled_log_probs_equal_rescored_ones(policy, exact_path):
     prompts = three_prompts(policy)
+    policy.exact_path = exact_path
     generation = sample(policy, prompts)
     with torch.no_grad():
         rescored, _ = policy.log_probs(prompts, generation.completions, generation.action_mask, 0.7)
@@ -76,20 +65,14 @@ def test_gradients_equal_one_by_one_with_vision(policy, exact_path, columns):
             assert (one - parameter.grad).abs().max() <= 1e-4 * scale
 
 
-def test_what_separates_shared_from_plain_rows_is_rounding(policy, monkeypatch):
-    monkeypatch.setattr(torch, "float32", torch.float64)  # transformers' delta rule, norms and rotations ask for it
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    try:
-        policy.model.double()
+def test_what_separates_shared_from_plain_rows_is_rounding(policy):
+    with float64(policy):
         prompts = three_prompts(policy)
         generation = sample(policy, prompts)
         parameters = set_trainable(policy, train_vision=True)
         scored = [policy.log_probs(prompts, generation.completions, generation.action_mask, 0.7, exact_path=exact)[0]
                   for exact in (False, True)]
         gradients = [torch.autograd.grad(each.sum(), parameters, allow_unused=True) for each in scored]
-    finally:
-        torch.set_default_dtype(torch.float)
     assert scored[0].dtype == torch.float64
     assert (scored[0] - scored[1]).abs().max() < 1e-10
     scale = max(float(gradient.abs().max()) for gradient in gradients[1] if gradient is not None)
@@ -99,9 +82,10 @@ def test_what_separates_shared_from_plain_rows_is_rounding(policy, monkeypatch):
 
 def test_products_do_not_depend_on_their_neighbours(policy):
     prompts = three_prompts(policy)
-    together = sample(policy, prompts)
-    features = policy.photo_features(prompts[1:2])
-    alone = policy.sample(prompts[1:2], features, draw_uniforms("sample/1", 4, 12), 0.7)
+    with float64(policy):
+        together = sample(policy, prompts)
+        features = policy.photo_features(prompts[1:2])
+        alone = policy.sample(prompts[1:2], features, draw_uniforms("sample/1", 4, 12), 0.7)
     mask = alone.action_mask
     assert torch.equal(together.completions[4:8, :mask.shape[1]][mask], alone.completions[mask])
 
@@ -141,10 +125,11 @@ def test_sampling_follows_the_distribution():
 
 def test_greedy_takes_the_likeliest(policy):
     prompts = three_prompts(policy)
-    generation = sample(policy, prompts, group_size=1, temperature=None)
+    with float64(policy):
+        generation = sample(policy, prompts, group_size=1, temperature=None)
     for row, prompt in enumerate(prompts):
         answer = generation.completions[row][generation.action_mask[row]]
-        with torch.no_grad():
+        with torch.no_grad(), float64():
             logits = own_logits(policy, prompt, answer)
         logits[:, policy._banned] = -torch.inf
         assert torch.equal(logits.argmax(-1), answer)
@@ -288,7 +273,8 @@ def test_saved_folder_loads_by_its_path(policy, tmp_path):
     loaded = Policy(freeze(model), tokenizer, image_processor)
     prompts = three_prompts(loaded)
     assert torch.equal(prompts[0].input_ids, three_prompts(policy)[0].input_ids)
-    assert torch.equal(sample(loaded, prompts).completions, sample(policy, prompts).completions)
+    with float64(loaded, policy):  # what is loaded embeds patches in another way
+        assert torch.equal(sample(loaded, prompts).completions, sample(policy, prompts).completions)
 
 
 def test_unknown_families_and_missing_folders_are_named(tmp_path):

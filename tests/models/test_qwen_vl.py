@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import noise_photo, parts_of, train_options
 from models.family import ModelError
 from models.loading import load_minicpm
 from models.policy import Policy
 from models.trainable import parameter_parts
+from runs import train_options
 from sheets.samples import PhotoError
+from tiny import noise_photo, parts_of
 from train_vlm_parallel import train
 
 WIDE, SQUARE = (64, 32), (32, 32)  # pixels; in tokens of 16 x 16 pixels: 4 x 2 and 2 x 2

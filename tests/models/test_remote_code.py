@@ -21,15 +21,16 @@ import run
 import test_model
 import train_vlm_parallel as training
 from config import AnswerOptions, CompareOptions, TrainOptions
-from conftest import noise_photo, train_options
 from models import remote_code
 from models.family import ModelError
 from models.loading import load_minicpm, load_weights
 from models.policy import Policy
 from replay_buffer import Experience, ReplayBuffer
 from rollout import draw_uniforms
+from runs import train_options
 from standin_minicpm import build, edit, write_standin, write_weights
 from test_layout import FLOORS, path_of
+from tiny import noise_photo
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = """

@@ -8,8 +8,7 @@ import torch
 from models import shared_prefix
 from models.policy import Policy
 from models.trainable import set_trainable
-from test_lora import adapted
-from test_policy import sample, three_prompts
+from tiny import adapted, sample, three_prompts
 
 
 def gradients(policy, prompts, generation, exact_path, checkpointing):
@@ -37,8 +36,8 @@ def unequal(generation):
     return replace(generation, action_mask=generation.action_mask & (torch.arange(columns) < lengths[:, None]))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("trains", ["language", "language and vision", "adapter"])
+@pytest.mark.parametrize(("trains", "checkpointing"),
+                         [("language", False), ("language and vision", True), ("adapter", True)])
 def test_log_probs_and_gradients_equal_one_answer_at_a_time(policy, trains, checkpointing):
     if trains == "adapter":
         adapted(policy)

@@ -22,12 +22,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import demo  # noqa: E402
-from conftest import as_flags, train_options, write_shop  # noqa: E402
+from runs import as_flags, train_options, write_shop  # noqa: E402
 
 STEPS = 24
 
@@ -46,7 +48,7 @@ def start(options, processes, log):
         return subprocess.Popen(command_of(options, processes), stdout=file, stderr=file)
 
 
-def wait_for(log, words, process, seconds=120):
+def wait_for(log, words, process, seconds=600):
     """Wait until the log holds the words; returns False when the run ended before."""
     deadline = time.monotonic() + seconds
     while words not in log.read_text(errors="replace"):
@@ -91,24 +93,25 @@ def run_to_the_end(options, processes, log):
     process = start(options, processes, log)
     wait_for(log, "pre-flight:", process)
     begin = time.monotonic()
-    if process.wait(timeout=300):
+    if process.wait(timeout=900):
         raise RuntimeError(f"{log}: status {process.returncode}\n{log.read_text()[-2000:]}")
     return time.monotonic() - begin, Path(options.output_dir) / f"step_{STEPS:06d}"
 
 
-def kill_and_resume(shop, folder, processes, delay, one_only=False):
-    """Kill a fresh run some seconds after its first rollout began, resume it; returns where it was and its end."""
+def kill_a_run(shop, folder, processes, delay, one_only=False, words="pre-flight:"):
+    """Kill a fresh run some seconds after it said the words, those of its first rollout; returns where it was, and the
+    options that resume it."""
     options = settings(shop, folder, processes)
     log = folder / "killed.log"
     process = start(options, processes, log)
-    wait_for(log, "pre-flight:", process)
+    wait_for(log, words, process)
     time.sleep(delay)
     kill(process, one_only)
     partial = any(Path(options.output_dir).glob("*.partial"))
     steps = re.findall(r"step (\d+)/", log.read_text(errors="replace"))
     place = f"after step {steps[-1] if steps else 0}{', in the middle of a save' if partial else ''}"
     options.resume = "auto"
-    return place, run_to_the_end(options, processes, folder / "resumed.log")[1]
+    return place, options
 
 
 def settings(shop, folder, processes):
@@ -138,8 +141,9 @@ def main():
         for number in range(given.kills):
             delay = moments.uniform(0, 0.9 * seconds)  # its end is leaving, not training
             one_only = given.processes > 1 and number % 3 == 2
-            place, found = kill_and_resume(shop, folder / f"kill_{number}", given.processes, delay, one_only)
-            equal = same(wanted, found)
+            killed = folder / f"kill_{number}"
+            place, options = kill_a_run(shop, killed, given.processes, delay, one_only)
+            equal = same(wanted, run_to_the_end(options, given.processes, killed / "resumed.log")[1])
             different += not equal
             print(f"{number + 1}: killed{' one process' if one_only else ''} {delay:.2f} s in, {place}: "
                   f"{'equal' if equal else 'DIFFERENT'}", flush=True)

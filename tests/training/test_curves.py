@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_vlm_parallel as training
-from conftest import noise_photo, train_options
 from ground.errors import OptionError
 from ground.options import check_options
 from reward import score_answer
 from rollout import Group
+from runs import train_options
 from sheets.samples import Sample
+from tiny import noise_photo
 from training.checkpoint import keep_best, read_best
 from training.curves import candidate_table, photo_strip, telling
 from training.trained import options_of

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import train_vlm_parallel as training
-from conftest import train_options
 from models import decoding, shared_prefix
 from models.family import ModelError
 from models.policy import Policy
+from runs import train_options
 from sheets.samples import PhotoError
 
 
