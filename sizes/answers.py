@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from sizes.units import (
+    AXES,
     DECODER,
     DIMENSIONS,
     LARGEST,
@@ -34,7 +35,7 @@ _OWN_UNIT = rf"(?:\s*+[\])]?+\s*+(?P<unit>{UNIT}))?+"
 _TEXT_NUMBER = re.compile(NUMBER + _OWN_UNIT)
 _VALUE_NUMBER = re.compile(NUMBER_WITH_COMMAS + _OWN_UNIT)
 # Keys of a dimension: length, product_length, length_mm, length (inch), 长（厘米）; with _unit behind, its unit.
-_KEY = re.compile(rf"(?:\w+_)?(?P<axis>{any_of([*DIMENSIONS, 'breadth', 'l', 'w', 'h', 'd'])})"
+_KEY = re.compile(rf"(?:\w+_)?(?P<axis>{any_of([*DIMENSIONS, 'breadth', 'l', 'w', 'h', 'd', 'thickness', 'diameter'])})"
                   rf"(?:[ _]?[(\[]?(?:(?P<unit>{UNIT})|(?P<of>units?))[)\]]?)?")
 _SIZE_KEYS = ("", "size", "sizes", "dimension", "dimensions", "measurements", "answer", "result", "value", "尺寸",
               "规格")
@@ -56,16 +57,24 @@ _UNIT_WORD = re.compile(
 _STATED_UNIT = re.compile(r"units?+'?+\s*+[:=]\s*+(?:'([^']*+)'|([^\s',;{}()\[\]0-9]++))")
 _OBJECT_START = re.compile(r'\{\s*+["}]')
 
-_Slot = tuple[float | None, Any]  # a number, and its unit as found ("" where none is stated)
+# Words that name a number's axis, before or behind it.
+_AXIS_BEFORE = re.compile(rf"(?<![a-z])({any_of(AXES)}) ?[:=(]?(?:是|为|约|about|=)* ?$")
+_AXIS_BEHIND = re.compile(rf" ?\(?({any_of(AXES)})(?![a-z])")
+
+_Slot = tuple[float | None, Any, str]  # a number, its unit as found ("" where none is stated), its axis
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The sizes in an answer: up to three slots in cm, None = missing or unreadable; reason = why none can be read."""
+    """The sizes in an answer: up to three slots in cm, None = missing or unreadable; reason = why none can be read.
+
+    axes: what each slot is named, as in a Label; "" where it is not.
+    """
 
     sizes: tuple[float | None, ...]
     reason: str = ""
     units: tuple[str, ...] = field(default=(), compare=False)  # as found, or cm where none is stated
+    axes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def valid(self) -> bool:
@@ -84,12 +93,12 @@ def read_answer(answer: str) -> Reading:
     else:  # the unit of a whole object inside a broken one may stand in the broken part
         behind = _BEHIND.match(text[end:end + 40].lower())
         slots = _object_slots(found, _stated_unit(_plain(text)) if inside_broken else behind[1] if behind else "")
-    for _, unit in slots:
+    for _, unit, _ in slots:
         if unit_name(unit) not in UNITS:
             return Reading((), f"the unit {unit_name(unit)[:40]!r} is not a known unit of length")
-    sizes = tuple(None if number is None else to_cm(number, unit_name(unit)) for number, unit in slots)
+    sizes = tuple(None if number is None else to_cm(number, unit_name(unit)) for number, unit, _ in slots)
     return Reading(sizes, "" if any(size is not None for size in sizes) else "the answer holds no readable size",
-                   tuple(unit_name(unit) for _, unit in slots))
+                   tuple(unit_name(unit) for _, unit, _ in slots), tuple(axis for *_, axis in slots))
 
 
 def _find_object(text: str) -> tuple[tuple | None, bool, int]:
@@ -183,12 +192,13 @@ def _object_slots(found: tuple, unit: Any) -> list[_Slot]:
     depths = [entry.depth for entry in dimensions]
     fullest = max(sorted(set(depths)), key=depths.count)
     slots = []
-    for _, _, _, value, unit in [entry for entry in dimensions if entry.depth == fullest][:3]:
+    for axis, _, _, value, unit in [entry for entry in dimensions if entry.depth == fullest][:3]:
         if isinstance(value, tuple | list):  # {"value": 12, "unit": "cm"}
             inner = [entry for entry in _walk(value, unit) if not isinstance(entry.value, str) or entry.value]
             value, unit = (inner[0].value, inner[0].unit) if len(inner) == 1 else (None, unit)
         read = _leaf_slots(value, unit)
-        slots.append(read[0] if len(read) == 1 else (None, unit))  # two numbers are not one size
+        number, unit, _ = read[0] if len(read) == 1 else (None, unit, "")  # two numbers are not one size
+        slots.append((number, unit, AXES[axis]))
     return slots
 
 
@@ -196,20 +206,20 @@ def _leaf_slots(value: Any, unit: Any) -> list[_Slot]:
     if isinstance(value, str):
         return _string_slots(_plain(value), unit)
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        return [(None, unit)]
-    return [(float(min(value, LARGEST)), unit)]
+        return [(None, unit, "")]
+    return [(float(min(value, LARGEST)), unit, "")]
 
 
 def _string_slots(text: str, unit: Any) -> list[_Slot]:
     """Read one number with words before it and perhaps a unit; several numbers are read as text."""
     matches = list(islice(_VALUE_NUMBER.finditer(text), 2))
     if not matches:
-        return [(None, unit)]
+        return [(None, unit, "")]
     match, number = matches[0], to_float(matches[0]["number"])
     if len(matches) == 2 or number is None:
         return _text_slots(text, unit)
     unknown = not match["unit"] and _UNKNOWN_WORD.match(text, match.end())  # 12 kg is not a size
-    return [(None if unknown or _is_negative(text, match.start()) else number, match["unit"] or unit)]
+    return [(None if unknown or _is_negative(text, match.start()) else number, match["unit"] or unit, "")]
 
 
 def _text_slots(text: str, unit: Any) -> list[_Slot]:
@@ -221,9 +231,15 @@ def _text_slots(text: str, unit: Any) -> list[_Slot]:
     following, slots = word[0] if word else unit, []
     for match in reversed(matches):
         number = None if _is_negative(text, match.start()) else to_float(match["number"])
-        slots.append((number, match["unit"] or stated or following))
+        slots.append((number, match["unit"] or stated or following, _axis_around(text, match)))
         following = match["unit"] or following
     return slots[::-1]
+
+
+def _axis_around(text: str, match: re.Match) -> str:
+    start, end = match.span()
+    found = _AXIS_BEFORE.search(text[max(start - 14, 0):start]) or _AXIS_BEHIND.match(text[end:end + 14])
+    return AXES[found[1]] if found else ""
 
 
 def _is_no_size(text: str, match: re.Match) -> bool:

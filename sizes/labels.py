@@ -6,15 +6,15 @@ Standard library only.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any, Literal
 
 from ground.errors import UserError
 from sizes.units import (
+    AXES,
     DECODER,
     DIGITS,
-    DIMENSIONS,
     FOOT,
     INCH,
     LATIN_UNITS,
@@ -30,19 +30,11 @@ from sizes.units import (
 )
 
 _LONGEST = 400  # characters of a label; more is a description
-_ROUND = dict.fromkeys(("diameter", "diam", "dia", "直径", "φ", "ø", "⌀", "Φ"), "round")
-_AXES = DIMENSIONS | _ROUND | {letter: letter for letter in "lwhdt"} | {
-    "long": "l", "wide": "w", "base": "w", "high": "h", "tall": "h", "deep": "d", "thick": "t", "thickness": "t",
-    "厚度": "t", "厚": "t", "長": "l", "寬": "w",
-    "länge": "l", "lang": "l", "breite": "w", "breit": "w", "b": "w", "höhe": "h", "hoch": "h", "tiefe": "d",
-    "tief": "d", "dicke": "t", "durchmesser": "round",
-    "長さ": "l", "縦": "l", "幅": "w", "横幅": "w", "横": "w", "高さ": "h", "奥行": "d", "奥行き": "d", "厚さ": "t",
-    "厚み": "t"}
 _LETTER = "[lwhdbt长宽高深]"  # an axis in an order of axes such as L x W x H
 # An axis, too, ends with its letters, or at the x of 5mmx8mm.
-_LETTERS_END = rf"(?=[^a-z]|x ?(?:[0-9.]|{any_of(_AXES)})|$)"
+_LETTERS_END = rf"(?=[^a-z]|x ?(?:[0-9.]|{any_of(AXES)})|$)"
 _UNIT = unit_pattern(_LETTERS_END)
-_AXIS = rf"(?:{any_of(_AXES)})"
+_AXIS = rf"(?:{any_of(AXES)})"
 _TOLERANCE = r"(?:±|\+/-|\+-) ?[0-9.]++"
 _FRACTION = r"[0-9]{1,2}/(?:2|4|8|16|32|64)(?![0-9])"
 _BROKEN_INCH = rf"(?: {_FRACTION})?"  # the 5/8 of 19 5/8"
@@ -102,6 +94,26 @@ _ACCEPTED = "accepted are one to three sizes such as 12 8 15, [66.0, 53.0, 73.0,
 Verdict = Literal["ambiguous", "not positive", "missing", "no size"]
 
 
+class Label(tuple[float, ...]):
+    """A label's one to three sizes in cm, in the order written, a diameter twice.
+
+    axes: what each size is named, l, w, h, d (depth), t (thickness) or round; () where they are not named.
+    """
+
+    axes: tuple[str, ...]
+
+    def __new__(cls, sizes: Iterable[float] = (), axes: Iterable[str] = ()) -> "Label":
+        """Put sizes and their axes together."""
+        label = super().__new__(cls, sizes)
+        label.axes = tuple(axes)
+        return label
+
+    def __str__(self) -> str:
+        """Write it for a person: 15 x 12 x 8 cm, axes l w h."""
+        named = f", axes {' '.join(self.axes)}" if self.axes else ""
+        return f"{' x '.join(f'{size:g}' for size in self)} cm{named}" if self else ""
+
+
 class LabelError(UserError):
     """Say what was found in a label that can't be trusted, and what is accepted; `verdict` is the kind of fault."""
 
@@ -110,8 +122,8 @@ class LabelError(UserError):
         self.verdict = verdict
 
 
-def parse_label(text: str | Sequence[float], name: str = "label") -> tuple[float, ...]:
-    """Read a label's one to three sizes in cm, in the order written; raise LabelError rather than guess.
+def parse_label(text: str | Sequence[float], name: str = "label") -> Label:
+    """Read a label's one to three sizes in cm, with their axes; raise LabelError rather than guess.
 
     text: numbers with separators, brackets, axis names and units (cm where none is written), a weight, volume or
     count behind; a JSON object with the keys length, width, height and unit; or numbers in cm that are no string.
@@ -119,33 +131,34 @@ def parse_label(text: str | Sequence[float], name: str = "label") -> tuple[float
     """
     try:
         if isinstance(text, str):
-            sizes = _sizes_in(text)
+            label = _label_in(text)
         elif text is None or isinstance(text, float) and math.isnan(text):
             raise LabelError("it is missing", "missing")
         else:
-            sizes = [_json_number(number) for number in (text if isinstance(text, list | tuple) else [text])]
-        if not 1 <= len(sizes) <= 3:
-            raise LabelError(f"found {len(sizes)} numbers") if sizes else LabelError("it is missing", "missing")
-        if not all(map(math.isfinite, sizes)):
+            label = Label([_json_number(number) for number in (text if isinstance(text, list | tuple) else [text])],
+                          getattr(text, "axes", ()))
+        if not 1 <= len(label) <= 3:
+            raise LabelError(f"found {len(label)} numbers") if label else LabelError("it is missing", "missing")
+        if not all(map(math.isfinite, label)):
             raise LabelError("found a size that is not finite")
-        if min(sizes) <= 0:
-            raise LabelError(f"found {min(sizes):g}, not positive", "not positive")
+        if min(label) <= 0:
+            raise LabelError(f"found {min(label):g}, not positive", "not positive")
     except LabelError as fault:
         shown = repr(text[:80]) if isinstance(text, str) else f"of type {type(text).__name__}"
         raise LabelError(f"{name} {shown}: {fault}; {_ACCEPTED}", fault.verdict) from None
-    return tuple(sizes)
+    return label
 
 
-def _sizes_in(text: str) -> list[float]:
+def _label_in(text: str) -> Label:
     label = _BLANKS.sub(" ", fold(text.translate(_LISTS)).lower().translate(_SIGNS).replace("''", '"')).strip()
     if label in _MISSING:
         raise LabelError("it is missing", "missing")
     if len(label) > _LONGEST:
         raise LabelError(f"found {len(label)} characters, a description")
     if label.startswith("{"):
-        return _json_sizes(label)
+        return _json_label(label)
     try:
-        return _written_sizes(_in_fewer_forms(_LINE_BREAKS.sub("\n", label)))
+        return _written_label(_in_fewer_forms(_LINE_BREAKS.sub("\n", label)))
     except LabelError as fault:
         if fault.verdict == "ambiguous" and not _SIZE_LIKE.search(label):
             fault.verdict = "no size"
@@ -160,7 +173,7 @@ def _in_fewer_forms(label: str) -> str:
     return label.replace("|", ";") if _BARS.fullmatch(label) else label
 
 
-def _written_sizes(label: str) -> list[float]:
+def _written_label(label: str) -> Label:
     brackets = _BRACKETS.fullmatch(_QUOTED_ITEM.sub(r"\2", label))
     body = (brackets[1] or brackets[2]) if brackets else label
     sizes, units, rest = _read_group(body, brackets[3] if brackets else None, listed=bool(brackets))
@@ -176,7 +189,7 @@ def _written_sizes(label: str) -> list[float]:
     return sizes
 
 
-def _read_group(body: str, unit_outside: str | None, listed: bool = False) -> tuple[list[float], set[Any], str]:
+def _read_group(body: str, unit_outside: str | None, listed: bool = False) -> tuple[Label, set[Any], str]:
     """Read one group of sizes: the sizes in cm, the units written, and what is left of the text."""
     opening = _OPENING.match(body)
     if "/" in (opening["order"] or ""):  # B/H = 26 / 51 cm
@@ -204,21 +217,22 @@ def _read_group(body: str, unit_outside: str | None, listed: bool = False) -> tu
     numbers = _numbers_of([item["number"] for item in items], units, separators, bool(axes), has_unit)
     numbers = [number + 12 * int(item["feet"] or 0) for number, item in zip(numbers, items, strict=True)]
     _refuse_no_sizes(items, numbers, units, has_unit, bool(axes or orders), bool(opening["size"]))
-    sizes = []
+    sizes, named = [], axes or [AXES[letter] for order in orders for letter in re.findall(_LETTER, order)]
     for index, (number, unit) in enumerate(zip(numbers, units, strict=True)):
         size, item = to_cm(number, unit), items[index]
         if item["again"] and abs(to_cm(float(item["again"]), item["again_unit"]) - size) > 0.03 * size:
             raise LabelError(f"found more than one size: {item['again']} {item['again_unit']} beside {number:g} {unit}")
         sizes += [size] * (2 if axes and axes[index] == "round" else 1)
     written = {UNITS[unit] for unit in units} if outside or items[-1]["unit"] else set()
-    return sizes, written, body[end.end():]
+    axes_of_sizes = [axis for axis in named for _ in range(2 if axis == "round" else 1)]
+    return Label(sizes, axes_of_sizes), written, body[end.end():]
 
 
 def _check_axes(items: list[re.Match], separators: list[str], orders: list[str]) -> list[str]:
     """Return the axis of each size, or [] where none is named; refuse axes that leave a doubt."""
     written = [[item[group] for group in ("first", "before", "inside", "after", "behind") if item[group]]
                for item in items]
-    named = [[_AXES[word] for word in of_item] for of_item in written]
+    named = [[AXES[word] for word in of_item] for of_item in written]
     axes = [of_item[0] for of_item in named if of_item]
     if len(items) == 3 and len(axes) == 2 and set(separators) == {"times"} and len(set(axes) - {"round"}) == 2:
         return []  # 60 L x 36 W x 20: three sizes all the same
@@ -321,7 +335,7 @@ def _json_number(number: Any) -> float:
         return math.inf
 
 
-def _json_sizes(label: str) -> list[float]:
+def _json_label(label: str) -> Label:
     try:
         pairs = [(key.strip(), value) for key, value in DECODER.decode(
             label.replace("'", '"') if label.startswith(("{'", "{ '")) else label)]
@@ -330,11 +344,11 @@ def _json_sizes(label: str) -> list[float]:
     units = [value for key, value in pairs if key in UNIT_KEYS]
     if len(units) > 1 or units and not (isinstance(units[0], str) and unit_name(units[0]) in UNITS):
         raise LabelError("found more than one unit, or an unknown one")
-    axes = [_AXES.get(key) for key, _ in pairs if key not in UNIT_KEYS]
+    axes = [AXES.get(key) for key, _ in pairs if key not in UNIT_KEYS]
     if None in axes or len(set(axes)) < len(axes):
         raise LabelError("found a key that is unknown or given twice")
     shared = unit_name(units[0]) if units else "cm"
-    return [_json_size(value, shared) for key, value in pairs if key not in UNIT_KEYS]
+    return Label([_json_size(value, shared) for key, value in pairs if key not in UNIT_KEYS], axes)
 
 
 def _json_size(value: Any, shared: str) -> float:

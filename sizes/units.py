@@ -29,6 +29,16 @@ DIMENSIONS = {
     "length": "l", "width": "w", "height": "h", "depth": "d", "长度": "l", "宽度": "w", "高度": "h", "深度": "d",
     "长": "l", "宽": "w", "高": "h", "深": "d",
 }
+# Every word for an axis: l, w, h, d depth, t thickness, round a diameter.
+_ROUND = dict.fromkeys(("diameter", "diam", "dia", "直径", "φ", "ø", "⌀", "Φ"), "round")
+AXES = DIMENSIONS | _ROUND | {letter: letter for letter in "lwhdt"} | {
+    "long": "l", "wide": "w", "breadth": "w", "base": "w", "high": "h", "tall": "h", "deep": "d", "thick": "t",
+    "thickness": "t",
+    "厚度": "t", "厚": "t", "長": "l", "寬": "w",
+    "länge": "l", "lang": "l", "breite": "w", "breit": "w", "b": "w", "höhe": "h", "hoch": "h", "tiefe": "d",
+    "tief": "d", "dicke": "t", "durchmesser": "round",
+    "長さ": "l", "縦": "l", "幅": "w", "横幅": "w", "横": "w", "高さ": "h", "奥行": "d", "奥行き": "d", "厚さ": "t",
+    "厚み": "t"}
 
 
 def any_of(words: Iterable[str]) -> str:

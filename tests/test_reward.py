@@ -80,6 +80,31 @@ def test_label_counts_partial_answers_and_extra_numbers(label, answer, reward, e
     assert parts.valid == (answer != "nothing")
 
 
+FULL = answer_of(40, 30, 25)
+
+
+@pytest.mark.parametrize(("label", "answer", "reward"), [
+    # one axis: that side alone counts
+    ("厚2cm", answer_of(30, 20, 2), 1), ("高度：25cm", FULL, 1), ("L 40cm", FULL, 1), ("宽40cm", FULL, 1 - 10 / 40),
+    ("高25cm", '{"length": 40, "width": 30}', 0),  # the side that is asked for is missing
+    ("高25cm", "长40 宽30 高20", 1 - 5 / 25), ("高25cm", "高20，长40", 1 - 5 / 25),
+    ("高25cm", "40 x 30 x 20 cm", 1 - 5 / 25),  # in the order in which it is asked
+    # two axes
+    ("宽60cm*高45cm", answer_of(80, 60, 45), 1), ("宽60cm*高45cm", answer_of(80, 45, 60), 1 - (15 / 60 + 15 / 45) / 2),
+    # a diameter stands for the two sides across it, a thickness for the smallest, a depth for a free side on the floor
+    ("直径30cm", answer_of(30, 30, 12), 1), ("直径30cm", answer_of(12, 27, 33), 1 - (3 / 30 + 3 / 30) / 2),
+    ("直径30cm", '{"length": 30}', 0.5), ("W 60cm x D 40cm", answer_of(40, 60, 45), 1),
+    ("W 60cm x D 40cm", '{"width": 60, "depth": 40, "height": 45}', 1), ("厚2cm", '{"length": 30, "width": 2}', 0),
+    # no axes, or three sizes: sorted, largest first
+    ("40 30", answer_of(25, 30, 40), 1), ("25", FULL, 1 - 15 / 25), ("长25宽40高30", FULL, 1), ("φ30*40mm", "3 3 4", 1),
+])
+def test_labels_of_one_or_two_sizes_are_compared_by_the_axes_they_name(label, answer, reward):
+    parts = score_answer(answer, label)
+    assert parts.reward == pytest.approx(reward) == score_answer(answer, parse_label(label)).reward
+    assert len(parts.errors) == len(parts.compared) == len(parse_label(label))
+    assert calculate_reward(answer, tuple(parse_label("25"))) == pytest.approx(calculate_reward(answer, "25"))
+
+
 def test_parts_are_in_cm_and_descending():
     parts = score_answer('{"length": 120, "width": null, "height": 150, "unit": "mm"}', MUG)
     assert parts.sizes == (15.0, 12.0) and parts.errors == (0.0, 0.0, 1.0)

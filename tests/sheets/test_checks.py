@@ -189,11 +189,11 @@ def test_the_command_writes_page_and_sheet_in_which_everything_is_text(tmp_path)
     assert "http-equiv" in page and page.count("http") == page.count("http-equiv") + page.count("https://x.invalid")
     table = load_workbook(tmp_path / "data.check.xlsx").active
     rows = list(table.values)
-    assert rows[0] == ("标题", "label", "sku_id", "sku_img", "row", "problem")
-    assert rows[1][4:] == ("2", None) and rows[1][2] == "001"
+    assert rows[0] == ("标题", "label", "sku_id", "sku_img", "row", "read", "problem")
+    assert rows[1][4:] == ("2", "12 x 8 x 15 cm", None) and rows[1][2] == "001"
     assert table["A2"].value == "=1+1" and table["A2"].data_type == "s"
-    assert rows[2][5].startswith("label ambiguous: '10/12 cm'") and rows[2][5].endswith("(left out)")
-    assert rows[3][5].startswith("photo missing: sku_img https://x.invalid/c.jpg")
+    assert rows[2][6].startswith("label ambiguous: '10/12 cm'") and rows[2][6].endswith("(left out)")
+    assert rows[3][6].startswith("photo missing: sku_img https://x.invalid/c.jpg")
 
 
 @pytest.mark.parametrize(("argv", "status", "text"), [
