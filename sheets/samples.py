@@ -22,6 +22,7 @@ from sheets.columns import ProductRow, read_sheet
 from sheets.photos import PhotoError, open_photos
 from sheets.table import DataError
 from sizes.labels import Label, LabelError, parse_label
+from sizes.texts import as_seen
 
 CONTRADICTION = 0.05  # labels of one product that differ by more on a side can't both be true
 _LARGEST_SIZE, _SMALLEST_SIZE = 10_000.0, 0.01  # cm; beyond 100 m or below 0.1 mm a label is wrong
@@ -165,16 +166,18 @@ def read_rows(data_path: str | Path, image_cache_dir: str | Path, missing_photos
         product_id = row.sku_id or _identity(row)
         label, label_problems = _read_label(row.label, require_label, partial_labels)
         photos, photo_problems = _find_photos(row, sheet_dir, cache_dir, missing_photos)
-        text_problems = [] if row.text else ["text missing"]
+        text = as_seen(row.text)
+        text_problems = [] if text else ["text missing"]
 
         used = not text_problems and not (require_label and label_problems)
         if photo_problems:
             used = used and (missing_photos in ("text_only", "placeholder")
                              or (missing_photos == "use_rest" and bool(photos)))
+        notes = ["text holds HTML: it is read as a person sees it, without tags"] if text != row.text else []
         problems += [RowProblem(row.number, product_id, problem, used)
-                     for problem in text_problems + label_problems + photo_problems]
+                     for problem in text_problems + notes + label_problems + photo_problems]
         if used:
-            samples.append(Sample(row.number, product_id, row.text, label, photos, sheet, missing_photos,
+            samples.append(Sample(row.number, product_id, text, label, photos, sheet, missing_photos,
                                   row.label, row.category))
     return samples, problems
 

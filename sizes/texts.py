@@ -6,7 +6,10 @@ from html import unescape
 from sizes.units import NUMBER_WITH_COMMAS, UNIT, fold, to_cm, to_float
 
 _READ, _MOST = 5_000, 60  # characters and sizes of a text that are looked at
-_TAG = re.compile("<[a-z/!][^<>]{0,500}>")
+_TAG = re.compile("<[a-zA-Z/!][^<>]{0,500}>")
+_BREAK = re.compile("<(?:br|/p|/div|/li|/tr|/h[1-6])[ /]*>", re.IGNORECASE)
+_ENTITY = re.compile("&(?:[a-zA-Z]{2,8}|#[0-9]{2,6}|#x[0-9a-fA-F]{2,5});")
+_BLANKS = re.compile("[ \t\xa0]+")
 _AXIS = "(?:[长宽高深厚]度?|(?<![a-z])[lwhd])"
 _AXIS_BEFORE = re.compile(rf"{_AXIS} ?:? ?(?=[0-9])")
 _BEHIND = rf"(?: ?\({_AXIS}\)| ?{_AXIS}(?![a-z]))?+"
@@ -17,7 +20,9 @@ _UNIT_BEFORE = re.compile(rf"\((?P<unit>{UNIT})\) ?:? ?$")  # of a whole size: �
 
 def as_seen(text: str) -> str:
     """Write a text as a person sees it: without HTML's tags, its entities as signs."""
-    return unescape(_TAG.sub(" ", text)) if "<" in text or "&" in text else text
+    if not _TAG.search(text) and not _ENTITY.search(text):
+        return text
+    return _BLANKS.sub(" ", unescape(_TAG.sub(" ", _BREAK.sub("\n", text)))).strip()
 
 
 def sizes_in_text(text: str) -> list[float]:

@@ -465,3 +465,11 @@ def test_labels_of_one_or_two_sizes(tmp_path):
     full, problems = load_samples(path, tmp_path, partial_labels="skip")
     assert [sample.row for sample in full] == [2] and [problem.row for problem in problems] == [3, 4, 5]
     assert "label partial: '高25cm' gives 1 of three sizes" in problems[0].problem and not problems[0].used
+
+
+def test_html_in_a_text_is_read_as_a_person_sees_it_and_said(tmp_path):
+    path = write_sheet(tmp_path / "data.xlsx", [("<b>mug</b> 12 &times; 8 cm", "12 8"), ("mug < cup", "12 8")],
+                       header=("text", "label"))
+    samples, problems = load_samples(path, tmp_path)
+    assert [sample.text for sample in samples] == ["mug 12 × 8 cm", "mug < cup"]
+    assert [(problem.row, problem.kind, problem.used) for problem in problems] == [(2, "text holds HTML", True)]

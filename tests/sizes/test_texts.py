@@ -22,5 +22,7 @@ def test_sizes_in_a_text(text, sizes):
 
 
 def test_html_is_read_as_a_person_sees_it():
-    assert as_seen("<b>mug</b> &amp; lid").split() == ["mug", "&", "lid"]
+    assert as_seen("<b>mug</b> &amp; lid") == "mug & lid"
+    assert as_seen("<P>mug</P>12&nbsp;x&#215;8<BR/>cm") == "mug\n12 x×8\ncm"
+    assert as_seen("a < b, c > d") == "a < b, c > d"
     assert as_seen("12 < 15 & more") == "12 < 15 & more"
