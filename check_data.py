@@ -34,6 +34,7 @@ from sheets.samples import (
     RowProblem,
     Sample,
     count_photos,
+    describe_labels,
     doubtful_labels,
     load_samples,
     obey_bad_rows,
@@ -96,8 +97,9 @@ def check(options: CheckDataOptions) -> bool:
 
 def inspect_rows(path: str, reading: SheetOptions, options: CheckDataOptions) -> SheetCheck:
     """Read a sheet twice: every row as it is, and as training would."""
-    rows, problems = read_rows(path, options.image_cache_dir, "text_only", False, reading)
-    usable, losses = load_samples(path, options.image_cache_dir, options.missing_photos, reading=reading)
+    rows, problems = read_rows(path, options.image_cache_dir, "text_only", False, reading, options.partial_labels)
+    usable, losses = load_samples(path, options.image_cache_dir, options.missing_photos, reading=reading,
+                                  partial_labels=options.partial_labels)
     doubts = doubtful_labels(rows)
     problems += [problem for problem in losses if problem.kind == "label missing"]
     problems += [RowProblem(sample.row, sample.product_id, doubts[sample.row], False) for sample in rows
@@ -153,7 +155,7 @@ def summarise(found: SheetCheck, examples: int = 3, outliers_shown: int = 10) ->
     lost = {problem.row for problem in found.problems if not problem.used}
     lines = [f"{found.path}: {len(found.rows)} rows with a text, {labelled} with a readable label, "
              f"{sum(len(sample.photos) for sample in found.rows)} photos there",
-             f"{len(found.usable)} rows would be used, {len(lost)} left out"]
+             f"{len(found.usable)} rows would be used, {len(lost)} left out", describe_labels(found.usable)]
     of_kind: dict[str, list[RowProblem]] = {}
     for problem in found.problems:
         of_kind.setdefault(problem.kind, []).append(problem)
@@ -173,19 +175,20 @@ def summarise(found: SheetCheck, examples: int = 3, outliers_shown: int = 10) ->
 
 
 def with_problems(found: SheetCheck) -> Iterator[list[str]]:
-    """Give the sheet's rows back with their number and problems in two more columns."""
+    """Give the sheet's rows back with their number, what was read as label, and problems in three more columns."""
     said: dict[int, list[str]] = {}
     for problem in found.problems:
         said.setdefault(problem.row, []).append(problem.problem + ("" if problem.used else " (left out)"))
+    read = {sample.row: str(sample.label) for sample in found.rows}
     header = header_number(found.path, found.reading, ("text",))
     width = 0
     for number, cells in read_table(found.path, found.reading):
         if number == header:
             width = len(cells)
-            yield [*cells, "row", "problem"]
+            yield [*cells, "row", "read", "problem"]
         elif number > header:
             cells = [*cells, *[""] * (width - len(cells))]
-            yield [*cells, str(number), "\n".join(said.get(number, []))]
+            yield [*cells, str(number), read.get(number, ""), "\n".join(said.get(number, []))]
 
 
 def main(options: CheckDataOptions) -> int:

@@ -40,7 +40,8 @@ def explain(options: CheckRewardOptions) -> str:
     if parts.reason:
         lines.append(f"         {parts.reason}")
     for place, (true, error) in enumerate(zip(sorted(label, reverse=True), parts.errors, strict=True)):
-        found = f"{parts.sizes[place]:g} for {true:g}" if place < len(parts.sizes) else f"missing for {true:g}"
+        size = parts.compared[place]
+        found = f"missing for {true:g}" if size is None else f"{size:g} for {true:g}"
         lines.append(f"side {place + 1}:  {found}: off by {error:.1%}")
     return "\n".join([*lines, *_remarks(parts, label), *_earned(parts)])
 
@@ -87,7 +88,8 @@ def examine(options: CheckRewardOptions) -> str:
                               options.prompt_file, options.temperature, options.max_length)
     scorer = scorer_of(trained, options.reward, options.trust_remote_code)
     cache = options.image_cache_dir or trained.image_cache_dir
-    samples, problems = load_samples(options.data_path, cache, trained.missing_photos, reading=options)
+    samples, problems = load_samples(options.data_path, cache, trained.missing_photos, reading=options,
+                                     partial_labels=trained.partial_labels)
     require_usable(samples, problems, options.data_path, cache)
     if problems:
         logger.warning(f"{options.data_path}: rows with problems\n{summarise_problems(problems)}")

@@ -79,6 +79,7 @@ class SheetOptions:
 
 
 MissingPhotos = Literal["use_rest", "drop_row", "text_only", "placeholder"]
+PartialLabels = Literal["axis", "largest", "skip"]
 
 
 @dataclass
@@ -91,6 +92,9 @@ class DataOptions(SheetOptions):
         "use_rest", "a row with missing or broken photos: use_rest trains on the others and leaves the row out when "
                     "none is left; drop_row leaves it out when any is missing; text_only trains even without any; "
                     "placeholder puts grey pictures in their place, to try things out")
+    partial_labels: PartialLabels = option(
+        "axis", "labels of one or two sizes: axis compares those that name their axes by these, the others largest "
+                "first; largest compares all largest first; skip leaves such rows out")
     on_bad_row: Literal["skip", "stop"] = option(
         "skip", "rows that can't be trained on: skip names them and trains on the others; stop ends before any weight "
                 "loads")

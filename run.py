@@ -186,7 +186,7 @@ def choose_samples(options: CompareOptions, trained: TrainOptions) -> list[Sampl
     from_eval_path = not own_sheet and options.rows == "held_out" and trained.eval_path is not None
     reading = sheet_options(options, trained, own_sheet, from_eval_path)
     samples, problems = load_samples(path, options.image_cache_dir or trained.image_cache_dir, trained.missing_photos,
-                                     reading=reading)
+                                     reading=reading, partial_labels=trained.partial_labels)
     logger.info(f"{path}: {len(samples)} products")
     if samples and problems:
         logger.warning(f"{path}: rows with problems\n{summarise_problems(problems)}")

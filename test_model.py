@@ -120,8 +120,8 @@ def answer_sheet(options: AnswerOptions) -> None:
     model, data_path = open_model(options), str(options.data_path)
     trained, cache = model.options, options.image_cache_dir or model.options.image_cache_dir
     reading = sheet_options(options, trained, own_sheet=True)
-    samples, problems = load_samples(data_path, cache, trained.missing_photos, require_label=False,
-                                     reading=reading)
+    samples, problems = load_samples(data_path, cache, trained.missing_photos, require_label=False, reading=reading,
+                                     partial_labels=trained.partial_labels)
     if samples and problems:
         logger.warning(f"{data_path}: rows with problems\n{summarise_problems(problems)}")
     require_usable(samples, problems, data_path, cache)

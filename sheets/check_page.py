@@ -60,18 +60,20 @@ def _section(place: int, kind: str, problems: Sequence[RowProblem], samples: dic
     more = f"<p>... and {len(problems) - _SHOWN_ROWS} more; the sheet that was written back names all.</p>"
     return f"""<h2 id="{place}">{escape(kind)}</h2>
 <table><tr><th class="number">row</th><th class="id">product</th><th>text</th><th class="label">label</th>
-<th>problem</th><th class="photos">photos</th></tr>
+<th class="label">read</th><th>problem</th><th class="photos">photos</th></tr>
 {lines}</table>
 {more if len(problems) > _SHOWN_ROWS else ""}"""
 
 
 def _line(problem: RowProblem, sample: Sample | None) -> str:
-    text, label, photos = (sample.text, sample.written_label, sample.photos) if sample else ("", "", ())
+    text, label, read, photos = ((sample.text, sample.written_label, str(sample.label or ""), sample.photos) if sample
+                                 else ("", "", "", ()))
     shown = text if len(text) <= _SHOWN_TEXT else text[:_SHOWN_TEXT] + " ..."
     use = '<span class="used">used</span>' if problem.used else '<span class="out">left out</span>'
     pictures = "".join(_thumbnail(photo) for photo in photos[:_SHOWN_PHOTOS])
     return (f"<tr><td>{problem.row}\n{use}</td><td>{escape(problem.product_id)}</td><td>{escape(shown)}</td>"
-            f"<td>{escape(label)}</td><td>{escape(problem.detail)}</td><td class=\"photos\">{pictures}</td></tr>\n")
+            f"<td>{escape(label)}</td><td>{escape(read)}</td>"
+            f"<td>{escape(problem.detail)}</td><td class=\"photos\">{pictures}</td></tr>\n")
 
 
 def _thumbnail(path: str) -> str:

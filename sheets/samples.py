@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,11 +17,12 @@ from typing import get_args
 from loguru import logger
 from PIL import Image
 
-from config import MissingPhotos, SheetOptions
+from config import MissingPhotos, PartialLabels, SheetOptions
 from sheets.columns import ProductRow, read_sheet
 from sheets.photos import PhotoError, open_photos
 from sheets.table import DataError
-from sizes.labels import LabelError, parse_label
+from sizes.labels import Label, LabelError, parse_label
+from sizes.texts import as_seen
 
 CONTRADICTION = 0.05  # labels of one product that differ by more on a side can't both be true
 _LARGEST_SIZE, _SMALLEST_SIZE = 10_000.0, 0.01  # cm; beyond 100 m or below 0.1 mm a label is wrong
@@ -37,7 +39,7 @@ class Sample:
     row: int  # as a person sees it in the sheet: the header is row 1, the first product row 2
     product_id: str  # sku_id, or a hash of text and photo addresses where there is none
     text: str
-    label: tuple[float, ...]  # 1 to 3 sizes in cm, or empty when the row has no label and needs none
+    label: Label  # 1 to 3 sizes in cm with their axes, or empty when the row has no label and needs none
     photos: tuple[str, ...]  # files that existed when the sheet was read, or will be placeholders
     sheet: str  # file name and, where one was named, worksheet; with the row it tells samples apart
     missing_photos: MissingPhotos = "drop_row"  # what to do when one of them turns out to be broken
@@ -126,17 +128,18 @@ def _warn_once(message: str) -> None:
 
 
 def load_samples(data_path: str | Path, image_cache_dir: str | Path, missing_photos: MissingPhotos = "use_rest",
-                 require_label: bool = True, reading: SheetOptions | None = None
-                 ) -> tuple[list[Sample], list[RowProblem]]:
+                 require_label: bool = True, reading: SheetOptions | None = None,
+                 partial_labels: PartialLabels = "axis") -> tuple[list[Sample], list[RowProblem]]:
     """Read a sheet into samples, in its order, and the problems of its rows.
 
     missing_photos: "use_rest" uses the photos that are there and leaves a row out when none is; "drop_row" leaves it
     out when any is missing; "text_only" uses it even without any; "placeholder" puts grey pictures in their place.
     A row that names no photo is always used.
     require_label: leave rows without a trustworthy label out; otherwise they get the label ().
+    partial_labels: labels of one or two sizes keep their axes ("axis"), lose them ("largest") or are left out ("skip").
     Raises DataError when the sheet itself can't be read or lacks a required column.
     """
-    samples, problems = read_rows(data_path, image_cache_dir, missing_photos, require_label, reading)
+    samples, problems = read_rows(data_path, image_cache_dir, missing_photos, require_label, reading, partial_labels)
     doubts = doubtful_labels(samples)
     if not doubts:
         return samples, problems
@@ -144,13 +147,14 @@ def load_samples(data_path: str | Path, image_cache_dir: str | Path, missing_pho
         problems = [replace(problem, used=problem.used and problem.row not in doubts) for problem in problems]
     problems += [RowProblem(sample.row, sample.product_id, doubts[sample.row], not require_label)
                  for sample in samples if sample.row in doubts]
-    samples = [sample if sample.row not in doubts else replace(sample, label=()) for sample in samples
+    samples = [sample if sample.row not in doubts else replace(sample, label=Label()) for sample in samples
                if sample.row not in doubts or not require_label]
     return samples, sorted(problems, key=lambda problem: problem.row)
 
 
 def read_rows(data_path: str | Path, image_cache_dir: str | Path, missing_photos: MissingPhotos, require_label: bool,
-              reading: SheetOptions | None = None) -> tuple[list[Sample], list[RowProblem]]:
+              reading: SheetOptions | None = None, partial_labels: PartialLabels = "axis"
+              ) -> tuple[list[Sample], list[RowProblem]]:
     """Do what load_samples does, but take each label that can be read, likely or not."""
     if missing_photos not in get_args(MissingPhotos):
         raise ValueError(f"missing_photos is {missing_photos!r}; choose {', '.join(get_args(MissingPhotos))}")
@@ -160,18 +164,20 @@ def read_rows(data_path: str | Path, image_cache_dir: str | Path, missing_photos
     samples, problems = [], []
     for row in read_sheet(path, reading, ("text", "label") if require_label else ("text",)):
         product_id = row.sku_id or _identity(row)
-        label, label_problems = _read_label(row.label, require_label)
+        label, label_problems = _read_label(row.label, require_label, partial_labels)
         photos, photo_problems = _find_photos(row, sheet_dir, cache_dir, missing_photos)
-        text_problems = [] if row.text else ["text missing"]
+        text = as_seen(row.text)
+        text_problems = [] if text else ["text missing"]
 
         used = not text_problems and not (require_label and label_problems)
         if photo_problems:
             used = used and (missing_photos in ("text_only", "placeholder")
                              or (missing_photos == "use_rest" and bool(photos)))
+        notes = ["text holds HTML: it is read as a person sees it, without tags"] if text != row.text else []
         problems += [RowProblem(row.number, product_id, problem, used)
-                     for problem in text_problems + label_problems + photo_problems]
+                     for problem in text_problems + notes + label_problems + photo_problems]
         if used:
-            samples.append(Sample(row.number, product_id, row.text, label, photos, sheet, missing_photos,
+            samples.append(Sample(row.number, product_id, text, label, photos, sheet, missing_photos,
                                   row.label, row.category))
     return samples, problems
 
@@ -182,15 +188,20 @@ def _identity(row: ProductRow) -> str:
     return hashlib.sha256(identity.encode("utf-8")).hexdigest()[:16]
 
 
-def _read_label(text: str, required: bool) -> tuple[tuple[float, ...], list[str]]:
+def _read_label(text: str, required: bool, partial: PartialLabels) -> tuple[Label, list[str]]:
     if not text:
-        return (), ["label missing"] if required else []
+        return Label(), ["label missing"] if required else []
     try:
-        return parse_label(text), []
+        label = parse_label(text)
     except LabelError as error:
         if error.verdict == "missing" and not required:
-            return (), []
-        return (), [f"{_FAULTS[error.verdict]}: {str(error).removeprefix('label ')}"]
+            return Label(), []
+        return Label(), [f"{_FAULTS[error.verdict]}: {str(error).removeprefix('label ')}"]
+    if len(label) == 3 or partial == "axis":
+        return label, []
+    if partial == "skip":
+        return label, [f"label partial: {text!r} gives {len(label)} of three sizes (--partial_labels skip)"]
+    return Label(label), []
 
 
 def _find_photos(row: ProductRow, sheet_dir: str, cache_dir: str, missing_photos: MissingPhotos
@@ -249,6 +260,17 @@ def label_gap(one: Sequence[float], other: Sequence[float]) -> float:
     if len(one) != len(other):
         return float("inf")
     return max(abs(a - b) / max(a, b) for a, b in zip(sorted(one), sorted(other), strict=True))
+
+
+def describe_labels(samples: Sequence[Sample]) -> str:
+    """Say how many labels have three, two and one size, and how each kind is compared with answers."""
+    kinds = Counter((len(sample.label), bool(sample.label.axes) and len(sample.label) < 3)
+                    for sample in samples if sample.label)
+    ways = {(3, False): "sorted", (2, True): "by their axes", (2, False): "largest first", (1, True): "by its axis",
+            (1, False): "with the largest"}
+    said = [f"{kinds[kind]} of {('one size', 'two sizes', 'three sizes')[kind[0] - 1]} ({way})"
+            for kind, way in ways.items() if kinds[kind]]
+    return f"labels: {', '.join(said) or 'none'}"
 
 
 def _rows(count: int) -> str:

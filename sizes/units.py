@@ -13,21 +13,32 @@ LARGEST = 1e9  # cm; larger numbers are cut to it, so that an answer's sizes sta
 _MOST_RUNS = 200  # full-width runs and fractions turned, so that the work for one text stays bounded
 
 # cm = number * first / second: whole numbers, so that 3 mm is exactly 0.3 cm.
-CM, MM, M, INCH, FOOT = (1, 1), (1, 10), (100, 1), (254, 100), (3048, 100)
+CM, MM, DM, M, INCH, FOOT, YARD = (1, 1), (1, 10), (10, 1), (100, 1), (254, 100), (3048, 100), (9144, 100)
 LATIN_UNITS = {
     "mm": MM, "cm": CM, "cms": CM, "m": M, "in": INCH, "inch": INCH, "inches": INCH, "ft": FOOT, "foot": FOOT,
-    "feet": FOOT, "millimeter": MM, "millimetre": MM, "centimeter": CM, "centimetre": CM, "meter": M, "metre": M,
+    "feet": FOOT, "yd": YARD, "yard": YARD, "yards": YARD, "dm": DM,
+    "millimeter": MM, "millimetre": MM, "centimeter": CM, "centimetre": CM, "meter": M, "metre": M,
     "millimeters": MM, "millimetres": MM, "centimeters": CM, "centimetres": CM, "meters": M, "metres": M,
 }
 UNITS = LATIN_UNITS | {
-    '"': INCH, "″": INCH, "”": INCH, "毫米": MM, "㎜": MM, "厘米": CM, "公分": CM, "㎝": CM, "米": M,
-    "英寸": INCH, "吋": INCH, "英尺": FOOT,
+    '"': INCH, "″": INCH, "”": INCH, "毫米": MM, "㎜": MM, "厘米": CM, "公分": CM, "㎝": CM, "分米": DM, "米": M,
+    "英寸": INCH, "吋": INCH, "英尺": FOOT, "мм": MM, "см": CM, "м": M,
 }
 UNIT_KEYS = ("unit", "units", "单位")
 DIMENSIONS = {
     "length": "l", "width": "w", "height": "h", "depth": "d", "长度": "l", "宽度": "w", "高度": "h", "深度": "d",
     "长": "l", "宽": "w", "高": "h", "深": "d",
 }
+# Every word for an axis: l, w, h, d depth, t thickness, round a diameter.
+_ROUND = dict.fromkeys(("diameter", "diam", "dia", "直径", "φ", "ø", "⌀", "Φ"), "round")
+AXES = DIMENSIONS | _ROUND | {letter: letter for letter in "lwhdt"} | {
+    "long": "l", "wide": "w", "breadth": "w", "base": "w", "high": "h", "tall": "h", "deep": "d", "thick": "t",
+    "thickness": "t",
+    "厚度": "t", "厚": "t", "長": "l", "寬": "w",
+    "länge": "l", "lang": "l", "breite": "w", "breit": "w", "b": "w", "höhe": "h", "hoch": "h", "tiefe": "d",
+    "tief": "d", "dicke": "t", "durchmesser": "round",
+    "長さ": "l", "縦": "l", "幅": "w", "横幅": "w", "横": "w", "高さ": "h", "奥行": "d", "奥行き": "d", "厚さ": "t",
+    "厚み": "t"}
 
 
 def any_of(words: Iterable[str]) -> str:
@@ -66,10 +77,12 @@ def fold(text: str) -> str:
 
 
 def unit_name(unit: Any) -> str:
-    """Name a unit as UNITS does: lower case, without blanks and full stop; cm where there is none."""
+    """Name a unit as UNITS does: lower case, without blanks, full stop and remark; cm where there is none."""
+    if isinstance(unit, list) and unit and all(one == unit[0] for one in unit):
+        unit = unit[0]
     if not isinstance(unit, str):
         return f"of type {type(unit).__name__}"
-    return unit.lower().strip(" \t\r\n.。") or "cm"
+    return unit.lower().partition("(")[0].strip(" \t\r\n.。") or "cm"
 
 
 def to_cm(number: float, unit: str) -> float:

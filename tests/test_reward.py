@@ -80,6 +80,31 @@ def test_label_counts_partial_answers_and_extra_numbers(label, answer, reward, e
     assert parts.valid == (answer != "nothing")
 
 
+FULL = answer_of(40, 30, 25)
+
+
+@pytest.mark.parametrize(("label", "answer", "reward"), [
+    # one axis: that side alone counts
+    ("厚2cm", answer_of(30, 20, 2), 1), ("高度：25cm", FULL, 1), ("L 40cm", FULL, 1), ("宽40cm", FULL, 1 - 10 / 40),
+    ("高25cm", '{"length": 40, "width": 30}', 0),  # the side that is asked for is missing
+    ("高25cm", "长40 宽30 高20", 1 - 5 / 25), ("高25cm", "高20，长40", 1 - 5 / 25),
+    ("高25cm", "40 x 30 x 20 cm", 1 - 5 / 25),  # in the order in which it is asked
+    # two axes
+    ("宽60cm*高45cm", answer_of(80, 60, 45), 1), ("宽60cm*高45cm", answer_of(80, 45, 60), 1 - (15 / 60 + 15 / 45) / 2),
+    # a diameter stands for the two sides across it, a thickness for the smallest, a depth for a free side on the floor
+    ("直径30cm", answer_of(30, 30, 12), 1), ("直径30cm", answer_of(12, 27, 33), 1 - (3 / 30 + 3 / 30) / 2),
+    ("直径30cm", '{"length": 30}', 0.5), ("W 60cm x D 40cm", answer_of(40, 60, 45), 1),
+    ("W 60cm x D 40cm", '{"width": 60, "depth": 40, "height": 45}', 1), ("厚2cm", '{"length": 30, "width": 2}', 0),
+    # no axes, or three sizes: sorted, largest first
+    ("40 30", answer_of(25, 30, 40), 1), ("25", FULL, 1 - 15 / 25), ("长25宽40高30", FULL, 1), ("φ30*40mm", "3 3 4", 1),
+])
+def test_labels_of_one_or_two_sizes_are_compared_by_the_axes_they_name(label, answer, reward):
+    parts = score_answer(answer, label)
+    assert parts.reward == pytest.approx(reward) == score_answer(answer, parse_label(label)).reward
+    assert len(parts.errors) == len(parts.compared) == len(parse_label(label))
+    assert calculate_reward(answer, tuple(parse_label("25"))) == pytest.approx(calculate_reward(answer, "25"))
+
+
 def test_parts_are_in_cm_and_descending():
     parts = score_answer('{"length": 120, "width": null, "height": 150, "unit": "mm"}', MUG)
     assert parts.sizes == (15.0, 12.0) and parts.errors == (0.0, 0.0, 1.0)
@@ -119,8 +144,9 @@ def test_zero_is_a_number_and_an_enormous_number_scores_zero():
     ('{"长": 12, "宽": 8, "高": 15}', (12, 8, 15)),
     ('{"长度": 120, "宽度": 80, "高度": 150, "单位": "毫米"}', (12, 8, 15)),
     ('{"name": 3} {"length": 12}', (12,)),
-    ('{"a": 1} {"b": 2}', (1,)),
-    ('{"length": 12} {"length": 13}', (12,)),
+    ('{"a": 1} {"b": 2}', ()),  # what is not called a size is none
+    ('{"length": 12} {"length": 13}', (13,)),  # the last one counts
+    ('{"length": 12} {"name": 13}', (12,)),
     ('{"weight": 3, "colour": "red", "length": 12, "width": 8, "height": 15, "depth": 4}', (12, 8, 15)),
     ('｛"length"：１２，"width"：８｝', (12, 8)),
     ('{"length": "１２．５"}', (12.5,)),
@@ -193,13 +219,53 @@ def test_answers_are_read_leniently(answer, sizes):
 @pytest.mark.parametrize(("answer", "named"), [
     ('{"length": 12, "width": 8, "height": 15, "unit": "kg"}', "'kg'"),
     ('{"length": 12, "width": 8, "height": 15, "unit": "寸"}', "'寸'"),
-    ('{"length": 12, "unit": ["cm"]}', "list"),
+    ('{"length": 12, "unit": ["cm", "mm"]}', "list"),
     ('{"length": {"value": 12, "unit": "px"}}', "'px'"),
     ("{'length': 12, 'unit': 'kg'}", "'kg'"),
 ])
 def test_an_unknown_unit_makes_the_answer_invalid(answer, named):
     parts = score_answer(answer, MUG)
     assert (parts.reward, parts.sizes, parts.valid) == (0.0, (), False) and named in parts.reason
+
+
+@pytest.mark.parametrize(("answer", "sizes"), [
+    # what was thought is not the answer; the last object behind it is
+    ('<think>Maybe {"length": 30, "width": 20, "height": 40}</think>{"length": 12, "width": 8, "height": 15}',
+     (12, 8, 15)),
+    ("<think>30 x 20 x 40?</think> 12 x 8 x 15 cm", (12, 8, 15)),
+    ("<think>30 x 20 x 40, no", ()),
+    ('{"length": 30, "width": 20, "height": 40} no: {"length": 12, "width": 8, "height": 15}', (12, 8, 15)),
+    # units in keys, behind the object, in lists, with a remark
+    ('{"length_mm": 120, "width_mm": 80, "height_mm": 150}', (12, 8, 15)),
+    ('{"length (inch)": 12, "width (inch)": 8}', (30.48, 20.32)),
+    ('{"长（毫米）": 120, "宽（毫米）": 80, "高（毫米）": 150}', (12, 8, 15)),
+    ('{"length": 120, "length_unit": "mm", "width": 8, "width_unit": "cm"}', (12, 8)),
+    ('{"length": 120, "width": 80, "height": 150} mm', (12, 8, 15)),
+    ('{"length": 12, "unit": "cm"} mm', (12,)),
+    ('{"size": [120, 80, 150], "unit": ["mm", "mm", "mm"]}', (12, 8, 15)),
+    ('{"length": 12, "width": 8, "height": 15, "unit": "cm (厘米)"}', (12, 8, 15)),
+    ('{"length": 1.2, "width": 0.8, "unit": "分米"}', (12, 8)),
+    ("4.72'' x 3.15'' x 5.91''", (11.9888, 8.001, 15.0114)),
+    # numbers of lists, photos and pieces
+    ("1. 长：12厘米\n2. 宽：8厘米\n3. 高：15厘米", (12, 8, 15)),
+    ("1) Length: 12 cm\n2) Width: 8 cm", (12, 8)),
+    ("根据图片2，尺寸约为 12cm×8cm×15cm", (12, 8, 15)),
+    ("Based on the 5 photos, the size is 12 x 8 x 15 cm.", (12, 8, 15)),
+    ("3件套，长12宽8高15", (12, 8, 15)),
+    # no sizes
+    ("12 kg, 8 kg, 15 kg", ()),
+    ('{"weight": 12, "price": 8, "stock": 15}', ()),
+    ('{"length": {"min": 12, "max": 99}, "width": 8, "height": 15}', (None, 8, 15)),
+    ("version 12.8.15", ()),
+    # keys of other names, and a remark that repeats one
+    ('{"product_length": 12, "product_width": 8, "product_height": 15}', (12, 8, 15)),
+    ('{"L": 12, "breadth": 8, "H": 15}', (12, 8, 15)),
+    ('{"reasoning": {"length": "about 30"}, "length": 12, "width": 8, "height": 15}', (12, 8, 15)),
+])
+def test_what_the_model_meant_and_no_more(answer, sizes):
+    reading = read_answer(answer)
+    assert [size is None for size in reading.sizes] == [size is None for size in sizes]
+    assert [size for size in reading.sizes if size is not None] == pytest.approx([s for s in sizes if s is not None])
 
 
 HOSTILE = [

@@ -23,6 +23,7 @@ from sheets.samples import (
     RowProblem,
     Sample,
     count_photos,
+    describe_labels,
     load_samples,
     obey_bad_rows,
     require_usable,
@@ -70,8 +71,9 @@ def load_products(options: TrainOptions) -> tuple[list[Sample], list[Sample]]:
 
 def read_sheet(path: str, options: TrainOptions, reading: SheetOptions) -> list[Sample]:
     """Read one sheet, log each row with a problem; raises DataError when no row can be used."""
-    samples, problems = load_samples(path, options.image_cache_dir, options.missing_photos, reading=reading)
-    logger.info(f"{path}: {len(samples)} products, {count_photos(samples, problems)}")
+    samples, problems = load_samples(path, options.image_cache_dir, options.missing_photos, reading=reading,
+                                     partial_labels=options.partial_labels)
+    logger.info(f"{path}: {len(samples)} products, {count_photos(samples, problems)}; {describe_labels(samples)}")
     if samples and problems:
         logger.warning(f"{path}: rows with problems\n{summarise_problems(problems)}")
     require_usable(samples, problems, path, options.image_cache_dir)

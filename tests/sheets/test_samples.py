@@ -18,6 +18,7 @@ from sheets.samples import (
     Sample,
     cached_photo_path,
     count_photos,
+    describe_labels,
     find_cached_photo,
     load_photos,
     load_samples,
@@ -450,3 +451,25 @@ def test_real_rows_of_amazon_berkeley_objects():
     photos = [photo for sample in everything for photo in load_photos(sample)]
     assert len(photos) == len(os.listdir(ABO / "image_cache_new")) == 12
     assert {photo.mode for photo in photos} == {"RGB"}
+
+
+def test_labels_of_one_or_two_sizes(tmp_path):
+    path = write_sheet(tmp_path / "data.xlsx", [("mug", "12 8 15"), ("pole", "高25cm"), ("rug", "120 80"),
+                                                ("disc", "直径30cm")], header=("text", "label"))
+    by_axis, problems = load_samples(path, tmp_path)
+    assert [sample.label.axes for sample in by_axis] == [(), ("h",), (), ("round", "round")] and not problems
+    assert describe_labels(by_axis) == ("labels: 1 of three sizes (sorted), 1 of two sizes (by their axes), 1 of two "
+                                        "sizes (largest first), 1 of one size (by its axis)")
+    largest, _ = load_samples(path, tmp_path, partial_labels="largest")
+    assert [sample.label.axes for sample in largest] == [()] * 4 and largest == by_axis
+    full, problems = load_samples(path, tmp_path, partial_labels="skip")
+    assert [sample.row for sample in full] == [2] and [problem.row for problem in problems] == [3, 4, 5]
+    assert "label partial: '高25cm' gives 1 of three sizes" in problems[0].problem and not problems[0].used
+
+
+def test_html_in_a_text_is_read_as_a_person_sees_it_and_said(tmp_path):
+    path = write_sheet(tmp_path / "data.xlsx", [("<b>mug</b> 12 &times; 8 cm", "12 8"), ("mug < cup", "12 8")],
+                       header=("text", "label"))
+    samples, problems = load_samples(path, tmp_path)
+    assert [sample.text for sample in samples] == ["mug 12 × 8 cm", "mug < cup"]
+    assert [(problem.row, problem.kind, problem.used) for problem in problems] == [(2, "text holds HTML", True)]
