@@ -20,7 +20,7 @@ import standin_minicpm  # noqa: E402
 from models.loading import load_minicpm  # noqa: E402
 from models.policy import Policy  # noqa: E402
 from runs import write_shop  # noqa: E402
-from tiny import noise_photo, parts_of, tiny_model  # noqa: E402, F401  # tests/evidence takes noise_photo from here
+from tiny import parts_of, tiny_model  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -117,6 +117,18 @@ def test_the_top_stays_small():
     assert len([path for path in files if path.suffix == ".py"]) <= 16 and len(files) <= 25
 
 
+OWNERS = {"torch", "transformers", "pandas", "openpyxl", "pillow", "loguru", "tensorboard", "requests"}
+IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}
+
+
+def test_requirements_are_the_owners_packages_and_what_is_imported():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    named = {re.split("[=<>]", line)[0] for line in lines}
+    imported = {module.partition(".")[0] for path in SCRIPTS for module in own_imports(path)}
+    assert OWNERS <= named
+    assert not {name for name in named if IMPORTED_AS.get(name, name.replace("-", "_")) not in imported}
+
+
 def code_blocks(name):
     return re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
 

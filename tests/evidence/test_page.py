@@ -9,7 +9,6 @@ from statistics import fmean, median
 
 import pytest
 
-from conftest import noise_photo
 from evidence import measures, page
 from evidence.comparison import Answers, build_report
 from evidence.evaluation import Record
@@ -18,6 +17,7 @@ from evidence.report import tables, write_sheet
 from ground.files import write_json
 from reward import calculate_reward, score_answer
 from sheets.samples import Sample
+from tiny import noise_photo
 
 HOSTILE = ['</script><script>alert("x")</script>', "<img src=x onerror=alert(1)> & 'quotes' \"{{ 7 * 7 }}\"",
            "{% raw %} \ud800 \x00 \x0b bell", "=cmd()|'/c'!A1", "x" * 3000, "长12厘米 宽8厘米", "5 x 5 x 5 mm"]

@@ -216,7 +216,7 @@ def test_prompts_are_plain_tensors_for_the_buffer(remote_policy, tmp_path):
     again = ReplayBuffer()
     again.load_state_dict(torch.load(tmp_path / "buffer.pt", weights_only=True))
     with torch.no_grad():
-        one, other = (remote_policy.log_probs([item[0].prompts[0]], answers, mask, 1.0)[0] for item in (buffer.items, again.items))
+        one, other = (remote_policy.log_probs(held.items[0].prompts, answers, mask, 1.0)[0] for held in (buffer, again))
     assert torch.equal(one, other)
 
 
