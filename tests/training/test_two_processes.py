@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import split_policies
 import torch
 from kill_at_random import STEPS, kill_a_run, same
 from safetensors.torch import load_file
@@ -16,7 +17,7 @@ import train_vlm_parallel as training
 from config import TrainOptions
 from ground.options import parse_options
 from rounding import float64
-from runs import as_flags, train_options, write_shop
+from runs import write_shop
 
 WORKER = Path(__file__).parent / "training_worker.py"
 
@@ -39,8 +40,14 @@ def folder(tmp_path_factory, tokenizer, image_processor):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                            str(WORKER), str(folder)], capture_output=True, text=True, timeout=1300)
     assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "said.txt").write_text(done.stdout)
     assert done.stdout.count("done") == 2 * (len(CASES) + len(RESUMED) + len(FOR_SEVERAL) + 2)
     return folder
+
+
+def test_split_policies_compute_what_whole_ones_do(folder):
+    """The same tokens, log-probs and gradients: compared in both processes, by split_policies.py."""
+    assert (folder / "said.txt").read_text().count("equal") == 2 * len(split_policies.CASES)
 
 
 def last_weights(folder, name, batch_size):
@@ -98,28 +105,25 @@ def test_two_processes_one_of_them_killed_go_on_as_if_nothing_had_happened(folde
 
 
 FAILING = """
-import os, sys
+import os, sys, time
 sys.path.insert(0, {root!r})
 from config import TrainOptions
-from ground.options import parse_options
 import train_vlm_parallel as training
-good, calls = training.update, []
-def broken(*args):
-    calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 2:
+def broken(options, processes):
+    processes.most(1)
+    if processes.rank == 1:
         raise ZeroDivisionError("planted")
-    return good(*args)
-training.update = broken
-sys.exit(training.main(parse_options(TrainOptions, "")))
+    time.sleep(600)
+training.prepare = broken
+sys.exit(training.main(TrainOptions(output_dir=sys.argv[1], device="cpu")))
 """
 
 
-def test_a_process_that_fails_ends_the_others_with_its_traceback_on_top(shop, tmp_path):
+def test_a_process_that_fails_ends_the_others_with_its_traceback_on_top(tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(root=str(WORKER.parents[2])))
-    flags = as_flags(train_options(shop, tmp_path, max_steps=1000, eval_every=0))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           str(script), *flags], capture_output=True, text=True, timeout=600)
+                           str(script), str(tmp_path)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     cause = done.stderr.partition("Root Cause (first observed failure)")[2]
     assert "rank      : 1" in cause and "ZeroDivisionError: planted" in cause and "in broken" in cause

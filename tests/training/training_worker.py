@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import split_policies  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from kill_at_random import settings  # noqa: E402
@@ -175,6 +176,9 @@ def whole_parameters(run):
 def main(folder):
     """Every case; an assertion that fails ends the process with its traceback."""
     logger.remove()
+    with float64():
+        for case in split_policies.CASES:
+            split_policies.compare(*case)
     training.train(settings(folder, folder / "undisturbed", 2))
     training.train(replace(settings(folder, folder / "killed", 2), resume="auto"))
     give_worth()

@@ -1,20 +1,13 @@
-"""One of two processes: sharded policies against whole ones, on the same products. Run by test_sharding.py."""
+"""Sharded policies against whole ones, on the same products, in each of two processes. Used by training_worker.py."""
 
-import sys
-from pathlib import Path
+import torch
+import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-
-import demo  # noqa: E402
-from models.policy import Policy  # noqa: E402
-from models.sharding import gathered, shard  # noqa: E402
-from models.trainable import set_trainable  # noqa: E402
-from rounding import float64  # noqa: E402
-from tiny import adapted, parts_of, sample, three_prompts  # noqa: E402
+import demo
+from models.policy import Policy
+from models.sharding import gathered, shard
+from models.trainable import set_trainable
+from tiny import adapted, parts_of, sample, three_prompts
 
 CASES = (("dense", "language", False), ("hybrid", "adapter", False), ("v47", "language", True),
          ("qwen2_5_vl", "language and vision", True))
@@ -70,11 +63,3 @@ def compare(kind, trains, checkpointing):
         grad /= world
         assert (gradients[name] - grad).abs().max() <= 1e-10 * max(1.0, float(grad.abs().max())), name
     print(f"{kind}, {trains}: equal", flush=True)
-
-
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    with float64():
-        for case in CASES:
-            compare(*case)
-    dist.destroy_process_group()
