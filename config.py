@@ -74,8 +74,9 @@ class SheetOptions:
     column: list[str] = option(
         [], "FIELD=NAME, what a column of your sheet is: text, label, sku_id, category or photo; repeat for each; "
             "default: columns of these names, photos in sku_img, spu_img_1, spu_img_2, ...")
-    sheet_name: str | None = option(None, "worksheet of an .xlsx; default: the first that is not hidden")
-    encoding: str | None = option(None, "encoding of a .csv or .jsonl; default: UTF-8, or a guess that is logged")
+    sheet_name: str | None = option(None, "worksheet of a workbook; default: the first that is not hidden")
+    encoding: str | None = option(
+        None, "encoding of a .csv, .tsv, .json or .jsonl; default: UTF-8, or a guess that is logged")
 
 
 MissingPhotos = Literal["use_rest", "drop_row", "text_only", "placeholder"]
@@ -86,7 +87,9 @@ PartialLabels = Literal["axis", "largest", "skip"]
 class DataOptions(SheetOptions):
     """Data"""
 
-    data_path: str = option(DEFAULT_DATA_PATH, "the sheet, .xlsx, .csv or .jsonl: text, label, photo addresses, sku_id")
+    data_path: str = option(
+        DEFAULT_DATA_PATH, "the sheet: text, label, photo addresses, sku_id; .xlsx, .xlsm, .xls, .xlsb, .ods, .csv, "
+                           ".tsv, .json, .jsonl or .parquet")
     image_cache_dir: str = option("image_cache_new", "folder with the photos, named md5(address) + extension")
     missing_photos: MissingPhotos = option(
         "use_rest", "a row with missing or broken photos: use_rest trains on the others and leaves the row out when "

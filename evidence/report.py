@@ -4,13 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openpyxl import Workbook
-from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
-from openpyxl.styles import Font
-
 from evidence.comparison import SAME_WITHIN
 from evidence.evaluation import FIGURES, Record
-from ground.files import whole_file
+from sheets.table import write_tables
 
 _ON_CONSOLE = ("mean_reward", "success_rate", "failure_rate", "zero_rate", "within_10", "volume_error", "valid_rate")
 
@@ -117,26 +113,12 @@ def confidence_line(report: Mapping[str, Any]) -> str:
 
 def write_sheet(path: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Write .xlsx, whole or not at all: one sheet a table, a header row, every text as text and never as a formula."""
-    book = Workbook()
-    book.remove(book.active)
-    for title, rows in tables.items():
-        sheet = book.create_sheet(title)
-        columns = list(rows[0]) if rows else []
-        for column, name in enumerate(columns, start=1):
-            sheet.cell(1, column, name).font = Font(bold=True)
-        for line, row in enumerate(rows, start=2):
-            for column, name in enumerate(columns, start=1):
-                _write_cell(sheet.cell(line, column), row[name])
-        sheet.freeze_panes = "A2"
-    with whole_file(path) as partial:
-        book.save(partial)
+    write_tables(path, {title: [{name: _joined(value) for name, value in row.items()} for row in rows]
+                        for title, rows in tables.items()})
 
 
-def _write_cell(cell: Any, value: Any) -> None:
+def _joined(value: Any) -> Any:
+    """Put a list on one line."""
     if isinstance(value, (list, tuple)):
-        value = " | ".join(f"{item:.3f}" if isinstance(item, float) else str(item) for item in value)
-    if isinstance(value, str):
-        cell.value = ILLEGAL_CHARACTERS_RE.sub("\N{REPLACEMENT CHARACTER}", value)
-        cell.data_type = "s"
-    else:
-        cell.value = value
+        return " | ".join(f"{item:.3f}" if isinstance(item, float) else str(item) for item in value)
+    return value

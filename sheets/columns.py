@@ -9,7 +9,9 @@ from itertools import chain, islice
 from pathlib import Path
 
 from config import SheetOptions
-from sheets.table import DataError, Row, has_formulas_without_value, read_table, say_once
+from sheets.cells import DataError, Row, say_once
+from sheets.table import read_table
+from sheets.workbooks import has_formulas_without_value
 
 FIELDS = ("text", "label", "sku_id", "category")
 _PHOTO_COLUMN = re.compile(r"sku_img|spu_img_[0-9]+")
@@ -48,7 +50,7 @@ def read_sheet(path: str | Path, options: SheetOptions, required: Sequence[str])
             (name, address) for name, place in photo_places for address in _addresses(cells[place])))
         unfilled = unfilled or not product.text or not product.label
         yield product
-    if unfilled and path.suffix.lower() == ".xlsx" and has_formulas_without_value(path):
+    if unfilled and has_formulas_without_value(path):
         say_once("WARNING", f"{path}: it holds formulas whose values are not stored, and such cells read as empty: "
                             "open it in a spreadsheet program and save it again")
 

@@ -18,9 +18,9 @@ from loguru import logger
 from PIL import Image
 
 from config import MissingPhotos, PartialLabels, SheetOptions
+from sheets.cells import DataError
 from sheets.columns import ProductRow, read_sheet
 from sheets.photos import PhotoError, open_photos
-from sheets.table import DataError
 from sizes.labels import Label, LabelError, parse_label
 from sizes.texts import as_seen
 

@@ -198,7 +198,10 @@ def test_a_misspelt_photo_column_is_warned_of(tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("absent.csv", None, "no such file"),
     ("absent.xlsx", None, "no such file"),
-    ("mugs.xls", b"", "is .xlsx, .csv or .jsonl, not .xls"),
+    ("mugs.doc", b"", "a sheet is .xlsx, .xlsm, .xls, .xlsb, .ods, .csv, .tsv, .jsonl, .json, .parquet, not .doc"),
+    ("mugs.xls", b"no workbook", "no readable Excel workbook"),
+    ("mugs.json", b"{}", "no list of JSON objects"), ("mugs.json", b"[1]", "entry 1 of the list is no JSON object"),
+    ("mugs.json", b"[", "is no JSON"),
     ("mugs", b"", "not a file without extension"),
     ("empty.csv", b"", "is empty"),
     ("words.xlsx", b"no workbook", "no readable Excel workbook"),

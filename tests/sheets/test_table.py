@@ -1,17 +1,20 @@
 """Sheets as people keep them: encodings, separators, worksheets, merged cells, formulas, mapped columns."""
 
+import importlib.util
 import io
 import json
 import zipfile
 
 import openpyxl
+import pandas as pd
 import pytest
 from loguru import logger
 
 from config import SheetOptions
+from sheets.cells import DataError
 from sheets.columns import ProductRow, read_sheet
 from sheets.samples import load_samples
-from sheets.table import DataError, read_table, write_table
+from sheets.table import read_table, write_table, write_tables
 
 
 @pytest.fixture
@@ -224,3 +227,78 @@ def test_five_thousand_rows_are_read_one_by_one(tmp_path):
     found = read_sheet(tmp_path / "data.xlsx", SheetOptions(), ("text", "label"))
     assert next(found).number == 2 and sum(1 for _ in found) == 4_999
     assert len(list(read_table(tmp_path / "data.xlsx", SheetOptions()))) == 5_001
+
+
+CELLS = [["text", "label", "sku_id"], ["mug", "12 8 15", "007"], ["=1+1", "0.1", ""],
+         ["NA", "12", "123456789012345678"]]
+
+
+def write_ods(path, rows):
+    """Write a spreadsheet of the OpenDocument kind by hand: every cell text."""
+    body = "".join("<table:table-row>" + "".join(
+        f'<table:table-cell office:value-type="string"><text:p>{cell}</text:p></table:table-cell>' for cell in row)
+        + "</table:table-row>" for row in rows)
+    spaces = " ".join(f'xmlns:{name}="urn:oasis:names:tc:opendocument:xmlns:{name}:1.0"'
+                      for name in ("office", "table", "text"))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("mimetype", "application/vnd.oasis.opendocument.spreadsheet")
+        archive.writestr("META-INF/manifest.xml", '<manifest xmlns="urn:oasis:names:tc:opendocument:xmlns:manifest:1.0"'
+                                                  '/>')
+        archive.writestr("content.xml", f'<office:document-content {spaces}><office:body><office:spreadsheet>'
+                                        f'<table:table table:name="products">{body}</table:table>'
+                                        '</office:spreadsheet></office:body></office:document-content>')
+
+
+def write_xls(path, rows):
+    import xlwt
+
+    book = xlwt.Workbook()
+    sheet = book.add_sheet("products")
+    for place, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            sheet.write(place, column, cell)
+    book.save(str(path))
+
+
+def write_objects(path, rows):
+    path.write_text(json.dumps([dict(zip(rows[0], row, strict=True)) for row in rows[1:]]), encoding="utf-8")
+
+
+WRITERS = {".xlsx": write_table, ".xlsm": lambda path, rows: write_table(path.with_suffix(".xlsx"), rows)
+           or path.with_suffix(".xlsx").rename(path), ".ods": write_ods, ".xls": write_xls, ".json": write_objects,
+           ".tsv": lambda path, rows: path.write_text("\n".join("\t".join(row) for row in rows), encoding="utf-8")}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_sheet_of_any_kind_reads_the_same(tmp_path, kind):
+    WRITERS[kind](tmp_path / f"data{kind}", CELLS)
+    rows = [cells for _, cells in read_table(tmp_path / f"data{kind}", SheetOptions())]
+    assert rows == CELLS
+    products = read(tmp_path / f"data{kind}")
+    assert [product.number for product in products] == ([1, 2, 3] if kind == ".json" else [2, 3, 4])
+
+
+def test_parquet_keeps_long_ids_or_says_what_to_install(tmp_path):
+    path = tmp_path / "data.parquet"
+    if importlib.util.find_spec("pyarrow") is None:
+        path.write_bytes(b"PAR1")
+        with pytest.raises(DataError, match="pip install pyarrow"):
+            list(read_table(path, SheetOptions()))
+        return
+    pd.DataFrame({"text": ["mug", None], "label": ["12 8 15", "1"], "sku_id": [123456789012345678, None]}
+                 ).astype({"sku_id": "Int64"}).to_parquet(path)
+    assert [cells for _, cells in read_table(path, SheetOptions())] == [
+        ["text", "label", "sku_id"], ["mug", "12 8 15", "123456789012345678"], ["", "1", ""]]
+
+
+def test_tables_of_results_hold_text_as_text(tmp_path):
+    rows = [{"name": "=1+1", "share": 0.5, "count": 3, "none": None, "long": "x" * 40_000, "odd": "a\x00b"},
+            {"name": "+1", "share": None, "count": None, "none": None, "long": "", "odd": "@SUM(A1)"}]
+    write_tables(tmp_path / "out.xlsx", {"first": rows, "empty": []})
+    book = openpyxl.load_workbook(tmp_path / "out.xlsx")
+    sheet = book["first"]
+    assert book.sheetnames == ["first", "empty"] and sheet["A1"].font.bold and sheet.freeze_panes == "A2"
+    assert (sheet["A2"].value, sheet["A2"].data_type, sheet["B2"].value, sheet["C2"].value) == ("=1+1", "s", 0.5, 3)
+    assert len(sheet["E2"].value) == 32_767 and sheet["F2"].value == "a\N{REPLACEMENT CHARACTER}b"
+    assert sheet["C3"].value is None and sheet["E3"].value is None and sheet["F3"].data_type == "s"
+    assert not list(tmp_path.glob("*.partial"))

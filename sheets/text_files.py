@@ -1,0 +1,162 @@
+"""Text files (.csv, .tsv, .jsonl, .json) -> rows of text with their numbers.
+
+pandas reads none of them, since it would read wrong in silence what is refused or kept here. pd.read_csv takes text
+behind a closing quote for part of the field, or, with its Python engine and a rule for long rows, drops such a row; and
+it refuses a row with empty fields at its end. pd.read_json makes 1.2345678901234568e+17 of an id of 18 digits in a
+column with a gap, loses blank lines, so that every later row has a wrong number, and names no line in its errors.
+"""
+
+import codecs
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from config import SheetOptions
+from sheets.cells import DataError, Row, as_text, say_once
+
+_LONGEST_CELL = 10_000_000  # characters
+_ENCODINGS = ("gb18030", "cp1252", "big5", "shift_jis", "euc_kr", "cp1251", "cp1250")  # the likelier ones first
+_BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+_Objects = Iterable[tuple[int, dict[str, Any]]]
+
+
+def read_csv(path: Path, options: SheetOptions) -> Iterator[Row]:
+    """Read every row of a .csv, whose first line tells what its fields are parted by, or of a .tsv.
+
+    Raises DataError when it can't be read for certain.
+    """
+    csv.field_size_limit(_LONGEST_CELL)
+    encoding = options.encoding or guess_encoding(path)
+    width = None
+    try:
+        with path.open(encoding=encoding, newline="") as file:
+            separator = "\t" if path.suffix.lower() == ".tsv" else _separator(path, file.readline())
+            file.seek(0)
+            reader = csv.reader(file, delimiter=separator, strict=True)
+            for number, cells in enumerate(reader, start=1):
+                cells = [cell.strip() for cell in cells]
+                width = width or len(cells)
+                if any(cells[width:]):
+                    raise DataError(f"{path}: is no well-formed CSV: row {number}, line {reader.line_num} has "
+                                    f"{len(cells)} fields, the first row {width}. Put a field with commas or line "
+                                    "breaks in double quotes, or save it as .xlsx")
+                yield number, cells[:width]
+    except (UnicodeDecodeError, LookupError) as error:
+        raise DataError(f"{path}: can't be read as {encoding} ({error}). Say its encoding with --encoding, or save it "
+                        "as 'CSV UTF-8' or .xlsx") from error
+    except csv.Error as error:
+        raise DataError(f"{path}: is no well-formed CSV: {error}. Put a field with commas or line breaks in double "
+                        "quotes, or save it as .xlsx") from error
+
+
+def _separator(path: Path, first_line: str) -> str:
+    separator = max(",;\t", key=first_line.count)
+    if separator != ",":
+        say_once("INFO", f"{path}: its first line is cut at {separator!r}, so every line is")
+    return separator
+
+
+def guess_encoding(path: Path) -> str:
+    """Tell a text file's encoding by its mark, or UTF-8 where it is that throughout; else guess, and say so.
+
+    Raises DataError when nothing fits.
+    """
+    with path.open("rb") as file:
+        start = file.read(4)
+        for mark, encoding in _BOMS:
+            if start.startswith(mark):
+                return encoding
+        file.seek(0)
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            while chunk := file.read(2 ** 20):
+                decoder.decode(chunk)
+            decoder.decode(b"", final=True)
+            return "utf-8"
+        except UnicodeDecodeError:
+            file.seek(0)
+            sample = file.read(2 ** 16).rpartition(b"\n")[0] or start
+    from charset_normalizer import from_bytes  # here, since most files need no guess
+
+    found = from_bytes(sample, cp_isolation=[*_ENCODINGS])
+    best = found.best()
+    fitting = {name for match in found if match.chaos <= best.chaos
+               for name in (match.encoding, *match.could_be_from_charset)} if best else set()
+    guess = next((encoding for encoding in _ENCODINGS if encoding in fitting), None)
+    if guess is None:
+        raise DataError(f"{path}: is not UTF-8 and in no encoding that could be guessed. Say it with --encoding, or "
+                        "save the file as 'CSV UTF-8' or .xlsx")
+    first_line = sample.splitlines()[0].decode(guess, "replace")[:80]
+    say_once("WARNING", f"{path}: is not UTF-8; read as {guess}, which is a guess: its first line reads "
+                        f"{first_line!r}. Say another with --encoding")
+    return guess
+
+
+def read_jsonl(path: Path, options: SheetOptions) -> Iterator[Row]:
+    """Read one JSON object a line; the header is made of all keys, in order of appearance."""
+    return _rows(lambda: _json_lines(path, options))  # the file is read twice, and never as a whole
+
+
+def read_json(path: Path, options: SheetOptions) -> Iterator[Row]:
+    """Read a JSON list of objects: the first is row 1; the header is made of all keys, in order of appearance."""
+    objects = list(_json_list(path, options))
+    return _rows(lambda: objects)
+
+
+def _rows(objects: Callable[[], _Objects]) -> Iterator[Row]:
+    header: dict[str, int] = {}
+    for _, found in objects():
+        for key in found:
+            header.setdefault(key.strip(), len(header))
+    yield 0, list(header)
+    for number, found in objects():
+        cells = [""] * len(header)
+        for key, value in found.items():
+            cells[header[key.strip()]] = as_text(value)
+        yield number, cells
+
+
+def _json_lines(path: Path, options: SheetOptions) -> _Objects:
+    with _decoded(path, options) as encoding, path.open(encoding=encoding) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError) as error:  # an integer may also be longer than Python converts
+                raise DataError(f"{path}: line {number} is no JSON object: {error}. Each line must be one") from error
+            yield number, _object(f"{path}: line {number}", found)
+
+
+def _json_list(path: Path, options: SheetOptions) -> _Objects:
+    with _decoded(path, options) as encoding:
+        text = path.read_text(encoding)
+    try:
+        found = json.loads(text or "[]")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is no JSON: {error}. It must be one list of objects; a file with an object a line is "
+                        ".jsonl") from error
+    if not isinstance(found, list):
+        raise DataError(f"{path}: is no list of JSON objects. Put [ ] around them, or save each on a line as .jsonl")
+    return [(number, _object(f"{path}: entry {number} of the list", item)) for number, item in enumerate(found, 1)]
+
+
+@contextmanager
+def _decoded(path: Path, options: SheetOptions) -> Iterator[str]:
+    """Give a JSON file's encoding to read it with; raises DataError where it is not in it."""
+    encoding = options.encoding or "utf-8-sig"
+    try:
+        yield encoding
+    except (UnicodeDecodeError, LookupError) as error:
+        raise DataError(f"{path}: can't be read as {encoding} ({error}). Say its encoding with --encoding") from error
+
+
+def _object(place: str, found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise DataError(f"{place} is no JSON object, such as {{\"text\": \"a mug\", \"label\": \"12 8 15\"}}")
+    return found
