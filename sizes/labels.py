@@ -11,6 +11,7 @@ from numbers import Real
 from typing import Any, Literal
 
 from ground.errors import UserError
+from sizes.forms import WEIGHT, in_fewer_forms, in_one_case
 from sizes.units import (
     AXES,
     DECODER,
@@ -23,7 +24,6 @@ from sizes.units import (
     UNIT_KEYS,
     UNITS,
     any_of,
-    fold,
     to_cm,
     unit_name,
     unit_pattern,
@@ -54,14 +54,12 @@ _AXIS_ORDER = rf"\(?{_LETTER}(?: ?[x*/]? ?{_LETTER}){{1,2}}\)?"
 _OPENING = re.compile(  # words that may stand before the sizes, an order of axes, the unit
     rf"(?P<size>(?:产品|商品)?(?:尺寸|规格)|(?:product |item )?(?:size|dimensions?)|measures)?"
     rf" ?(?P<order>{_AXIS_ORDER}(?=[ :=(])|(?:[长宽高深]){{2,3}}(?=[0-9]))? ?(?:\((?P<unit>{_UNIT})\))? ?[:=]? ?")
-_WEIGHT = r"(?:(?:net |gross )?weight|gewicht|重量|净重|毛重) ?:? ?"
 _COUNT = r"[0-9]++ ?(?:packs?|pcs?|pieces?|count|ct|pk|sets?|个|件|只|片|包|套|条)(?![a-z0-9])"
-_EXTRA = (rf"(?:{_WEIGHT})?"
+_EXTRA = (rf"(?:{WEIGHT})?"
           r"(?:[0-9]++(?:[.,][0-9]++)?+ ?(?:kgs?|g|grams?|kilograms?|lbs?|pounds?|oz|ounces?|千克|公斤|克|斤"  # weight
           r"|l|ml|lit(?:er|re)s?|gal(?:lons?)?|升|毫升"  # volume
           rf")(?![a-z0-9])|{_COUNT}|(?:pack|set) of [0-9]++(?![a-z0-9]))\.?")
 _AREA = r" ?/ ?[0-9]++(?:[.,][0-9]++)?+ ?(?:m²|m2|qm|㎡|平方米)"
-_BEFORE = re.compile(rf"{_WEIGHT}[0-9.,]++ ?(?:kg|g|lbs?|oz|千克|公斤|克|斤)[,; ] ?")  # a weight in front
 _END = re.compile(rf"(?: ?[,;]?+ ?(?P<unit>{_UNIT})| ?\((?P<unit_inside>{_UNIT})\)| ?\n?(?P<order>{_AXIS_ORDER})"
                   rf"| ?{_TOLERANCE} ?{_UNIT})*+[.。]?(?: ?[,;] ?{_EXTRA}| {_EXTRA}|\n{_EXTRA}"
                   rf"| ?[x*] ?{_COUNT}|{_AREA})*+[.。]?")
@@ -70,24 +68,11 @@ _QUOTED_ITEM = re.compile(rf"(['\"])([0-9.]++|{any_of(LATIN_UNITS)})\1")
 _SECOND = re.compile(r" ?(?:[/=(|]|\n| or ) ?")  # the same size once more, in another unit
 _SIZE_LIKE = re.compile(rf"[0-9] ?(?:{_UNIT}|寸)|[0-9].*(?<![a-z])[mc]m(?![a-z])|[0-9] ?[x*] ?[0-9]|[0-9],[0-9]",
                         re.DOTALL)
-_SIGNS = str.maketrans({"×": "x", "✕": "x", "✖": "x", "╳": "x", "х": "x", "″": '"', "”": '"', "“": '"', "′": "'",
-                        "–": "-", "−": "-", "：": ":", "\r": "\n"})
-_LISTS = str.maketrans({"，": ", ", "、": ", "})  # never a decimal comma
-_ABOUT = re.compile("(?<![a-z])(?:ca|circa|approx|approximately|about|etwa|rund)(?![a-z])\\.? ?|大?[约約] ?|≈ ?"
-                    "|(?<![0-9a-z.)])~ ?(?=[0-9])|(?<=[0-9a-z米寸分])(?:左右|上下)")
-_REWRITTEN = (  # what stands for the same in fewer forms
-    (re.compile(r"(?<=[0-9])-(?=[0-9]{1,2}/[0-9])"), " "),  # 30-1/2
-    (re.compile(r"(?<=[0-9])-(?=(?:inch|inches|in|feet|foot|ft|cm|mm)(?![a-z]))"), " "),  # 6-inch
-    (re.compile(r"(?<=[0-9])米([0-9])(?![0-9米.])"), r".\1米"),  # 1米2
-    (re.compile(r"(?<=[0-9])'(?=$|[^'])"), "ft"),
-)
-_BARS = re.compile(r"[0-9.]++(?: ?\| ?[0-9.]++){1,2}")
 _SCREENS = {(640, 480), (800, 600), (1024, 600), (1024, 768), (1280, 720), (1280, 800), (1280, 1024), (1366, 768),
             (1440, 900), (1600, 900), (1600, 1200), (1680, 1050), (1920, 1080), (1920, 1200), (2048, 1536),
             (2160, 1440), (2340, 1080), (2400, 1080), (2560, 1080), (2560, 1440), (2560, 1600), (2880, 1800),
             (3440, 1440), (3840, 2160), (4096, 2160), (5120, 2880), (7680, 4320)}
 _MOST_PIECES = 6  # 2*48*74: a count in front
-_BLANKS, _LINE_BREAKS = re.compile("[ \t\xa0]+"), re.compile(" ?\n[ \n]*")
 _MISSING = ("", "nan", "n/a", "na", "none", "null", "-", "--", "/", "?", "tbd", "unknown", "无", "暂无", "#n/a")
 _ACCEPTED = "accepted are one to three sizes such as 12 8 15, [66.0, 53.0, 73.0, cm], 12 x 8 x 15 inch"
 
@@ -150,7 +135,7 @@ def parse_label(text: str | Sequence[float], name: str = "label") -> Label:
 
 
 def _label_in(text: str) -> Label:
-    label = _BLANKS.sub(" ", fold(text.translate(_LISTS)).lower().translate(_SIGNS).replace("''", '"')).strip()
+    label = in_one_case(text)
     if label in _MISSING:
         raise LabelError("it is missing", "missing")
     if len(label) > _LONGEST:
@@ -158,19 +143,11 @@ def _label_in(text: str) -> Label:
     if label.startswith("{"):
         return _json_label(label)
     try:
-        return _written_label(_in_fewer_forms(_LINE_BREAKS.sub("\n", label)))
+        return _written_label(in_fewer_forms(label))
     except LabelError as fault:
         if fault.verdict == "ambiguous" and not _SIZE_LIKE.search(label):
             fault.verdict = "no size"
         raise
-
-
-def _in_fewer_forms(label: str) -> str:
-    """Take away what changes no size, and write in one form what may be written in several."""
-    label = _BEFORE.sub("", _ABOUT.sub("", label), count=1).strip()
-    for form, replacement in _REWRITTEN:
-        label = form.sub(replacement, label)
-    return label.replace("|", ";") if _BARS.fullmatch(label) else label
 
 
 def _written_label(label: str) -> Label:
@@ -355,7 +332,7 @@ def _json_size(value: Any, shared: str) -> float:
     """Read a number, or a text such as "12 cm", in cm."""
     if not isinstance(value, str):
         return to_cm(_json_number(value), shared)
-    number = re.fullmatch(rf"({DIGITS.replace('{commas}', '')}) ?({_UNIT})?", _in_fewer_forms(value.strip()))
+    number = re.fullmatch(rf"({DIGITS.replace('{commas}', '')}) ?({_UNIT})?", in_fewer_forms(value.strip()))
     if number is None:
         raise LabelError(f"found {value[:40]!r}, not one size")
     return to_cm(float(number[1]), number[2] or shared)

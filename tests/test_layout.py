@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WINGS = {
     "": ["config"],
     "ground": ["errors", "files", "options", "commands"],
-    "sizes": ["units", "labels", "answers", "texts"],
+    "sizes": ["units", "forms", "labels", "answers", "texts"],
     "sheets": ["photos", "cells", "workbooks", "text_files", "table", "columns", "samples", "checks", "check_page",
                "fetch"],
     "models": ["family", "remote_code", "minicpm_remote", "minicpm_v46", "qwen_vl", "shared_prefix", "decoding", "head",
