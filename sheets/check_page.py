@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from itertools import islice
 
 from sheets.checks import count_kinds
 from sheets.photos import PhotoError, open_photo
@@ -24,6 +25,12 @@ th { background: #f5f7fa; } .number { width: 70px; } .id { width: 120px; } .labe
 .photos { width: 220px; white-space: normal; } .counts { width: auto; table-layout: auto; }
 img { max-width: 96px; max-height: 96px; margin: 0 4px 4px 0; border: 1px solid #e4e7eb; }
 .out { color: #a61b1b; } .used { color: #52606d; }
+@media (max-width: 800px) {
+  body { padding: 12px; } .rows th { display: none; }
+  table.rows, .rows tbody, .rows tr, .rows td { display: block; width: auto; }
+  .rows tr { border-bottom: 2px solid #c5ccd3; padding: 8px 0; } .rows td { border: 0; padding: 2px 0; }
+  .rows td:empty { display: none; } .rows td::before { content: attr(data-name) "  "; color: #52606d; font-size: 13px; }
+}
 """
 
 
@@ -40,6 +47,7 @@ def html_page(path: str, rows: Sequence[Sample], problems: Sequence[RowProblem],
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{escape(path)}: data check</title>
 <style>{_STYLE}</style>
@@ -56,24 +64,31 @@ def html_page(path: str, rows: Sequence[Sample], problems: Sequence[RowProblem],
 
 
 def _section(place: int, kind: str, problems: Sequence[RowProblem], samples: dict[int, Sample]) -> str:
-    lines = "".join(_line(problem, samples.get(problem.row)) for problem in problems[:_SHOWN_ROWS])
-    more = f"<p>... and {len(problems) - _SHOWN_ROWS} more; the sheet that was written back names all.</p>"
+    of_row: dict[int, list[RowProblem]] = {}
+    for problem in problems:
+        of_row.setdefault(problem.row, []).append(problem)
+    lines = "".join(_line(together, samples.get(row)) for row, together in islice(of_row.items(), _SHOWN_ROWS))
+    more = f"<p>... and {len(of_row) - _SHOWN_ROWS} more rows; the sheet that was written back names all.</p>"
     return f"""<h2 id="{place}">{escape(kind)}</h2>
-<table><tr><th class="number">row</th><th class="id">product</th><th>text</th><th class="label">label</th>
+<table class="rows"><tr><th class="number">row</th><th class="id">product</th><th>text</th><th class="label">label</th>
 <th class="label">read</th><th>problem</th><th class="photos">photos</th></tr>
 {lines}</table>
-{more if len(problems) > _SHOWN_ROWS else ""}"""
+{more if len(of_row) > _SHOWN_ROWS else ""}"""
 
 
-def _line(problem: RowProblem, sample: Sample | None) -> str:
+def _line(problems: Sequence[RowProblem], sample: Sample | None) -> str:
+    """Lay out one row of the sheet with its problems of one kind."""
     text, label, read, photos = ((sample.text, sample.written_label, str(sample.label or ""), sample.photos) if sample
                                  else ("", "", "", ()))
     shown = text if len(text) <= _SHOWN_TEXT else text[:_SHOWN_TEXT] + " ..."
-    use = '<span class="used">used</span>' if problem.used else '<span class="out">left out</span>'
-    pictures = "".join(_thumbnail(photo) for photo in photos[:_SHOWN_PHOTOS])
-    return (f"<tr><td>{problem.row}\n{use}</td><td>{escape(problem.product_id)}</td><td>{escape(shown)}</td>"
-            f"<td>{escape(label)}</td><td>{escape(read)}</td>"
-            f"<td>{escape(problem.detail)}</td><td class=\"photos\">{pictures}</td></tr>\n")
+    used = all(problem.used for problem in problems)
+    use = '<span class="used">used</span>' if used else '<span class="out">left out</span>'
+    cells = {"row": f"{problems[0].row}\n{use}", "product": escape(problems[0].product_id), "text": escape(shown),
+             "label": escape(label), "read": escape(read),
+             "problem": escape("\n".join(problem.detail for problem in problems)),
+             "photos": "".join(_thumbnail(photo) for photo in photos[:_SHOWN_PHOTOS])}
+    return "<tr>" + "".join(f'<td data-name="{name}"{" class=" + name if name == "photos" else ""}>{cell}</td>'
+                            for name, cell in cells.items()) + "</tr>\n"
 
 
 def _thumbnail(path: str) -> str:

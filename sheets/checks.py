@@ -182,8 +182,12 @@ def leaks(training: Sequence[Sample], held_out: Sequence[Sample], contents: Mapp
 
 
 def count_kinds(problems: Sequence[RowProblem]) -> dict[str, int]:
-    """Count the rows of each kind of problem, the commonest first."""
+    """Count the rows of each kind of problem: the kinds that cost most rows first, then the commonest."""
     rows: dict[str, set[int]] = {}
+    lost: dict[str, set[int]] = {}
     for problem in problems:
         rows.setdefault(problem.kind, set()).add(problem.row)
-    return {kind: len(rows[kind]) for kind in sorted(rows, key=lambda kind: -len(rows[kind]))}
+        if not problem.used:
+            lost.setdefault(problem.kind, set()).add(problem.row)
+    worst_first = sorted(rows, key=lambda kind: (-len(lost.get(kind, ())), -len(rows[kind])))
+    return {kind: len(rows[kind]) for kind in worst_first}
