@@ -40,8 +40,8 @@ RESUMED = {"none, resumed": {}, "fsdp, resumed": {"sharding": "fsdp"}}  # from w
 
 def options_of_case(folder, name, batch_size, **changes):
     """Options of a case: three steps, a product's answers sampled by a seed of its own."""
-    settings = dict(batch_size=batch_size, eval_fraction=0.0, eval_every=0, max_steps=3, save_every=3, lr=1e-4,
-                    rollout_batch_size=2, output_dir=str(folder / name / str(batch_size)),
+    settings = dict(batch_size=batch_size, eval_fraction=0.0, eval_every=0, preflight=False, show_every=0, max_steps=3,
+                    save_every=3, lr=1e-4, rollout_batch_size=2, output_dir=str(folder / name / str(batch_size)),
                     log_dir=str(folder / "logs")) | (CASES | RESUMED)[name] | changes
     return train_options(folder, folder, **settings)
 
