@@ -31,7 +31,7 @@ from ground.errors import OptionError
 from ground.files import write_text
 
 T = TypeVar("T")
-_FIELD = re.compile("text|label|sku_id|category|photo|sku_img|spu_img_[0-9]+")
+_FIELD = re.compile("text|label|length|width|height|unit|sku_id|category|photo|sku_img|spu_img_[0-9]+")
 _REWARD = re.compile(r"(?P<file>.+\.py):(?P<name>[^\W\d]\w*)(?::(?P<weight>[^:]+))?|size(?::(?P<size_weight>[^:]+))?")
 
 
@@ -154,8 +154,9 @@ def check_columns(pairs: Sequence[str]) -> None:
     for pair in pairs:
         name, _, column = pair.partition("=")
         if not column.strip() or not _FIELD.fullmatch(name.strip()):
-            raise OptionError(f"--column {pair}: write FIELD=NAME, the field being text, label, sku_id, category or "
-                              "photo (sku_img, spu_img_1, ... work too), as in --column text=标题")
+            raise OptionError(f"--column {pair}: write FIELD=NAME, the field being text, label (or length, width, "
+                              "height and unit), sku_id, category or photo (sku_img, spu_img_1, ... work too), as in "
+                              "--column text=标题")
 
 
 def check_prompt_file(prompt_file: str | None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from config import SheetOptions
 from sheets.cells import DataError, Row, say_once
+from sheets.sides import SIDES, SideColumns, find_sides
 from sheets.table import read_table
 from sheets.workbooks import has_formulas_without_value
 
@@ -38,10 +39,16 @@ def read_sheet(path: str | Path, options: SheetOptions, required: Sequence[str])
     path = Path(path)
     rows, _, header, columns = _find_header(path, options, required)
     places = {field: [header.index(name) for name in names] for field, names in columns.items() if field != "photo"}
+    sides = SideColumns() if columns["label"] else find_sides(header, read_mapping(options.column))
+    if sides.sides:
+        say_once("INFO", f"{path}: labels are read from the columns "
+                         + ", ".join(f"{header[place]!r} ({axis})" for place, axis, _ in sides.sides))
     photo_places = [(name, header.index(name)) for name in columns["photo"]]
     unfilled = False
 
     def cell(cells: list[str], field: str) -> str:
+        if field == "label" and sides.sides:
+            return sides.label(cells)
         return "\n".join(cells[place] for place in places[field] if cells[place])
 
     for number, cells in rows:
@@ -69,10 +76,12 @@ def _find_header(path: Path, options: SheetOptions, required: Sequence[str]
         raise DataError(f"{path}: is empty. Its first row must name the columns: sku_id, text, label, "
                         "sku_img, spu_img_1, ...")
     mapping = read_mapping(options.column)
-    wanted = {name for field in required for name in mapping.get(field, [field])}
+    wanted = {name for field in required if field != "label" for name in mapping.get(field, [field])}
+    labels = set(mapping.get("label", ["label"])) if "label" in required else set()
     photos = {name for field, names in mapping.items() if field == "photo" or _PHOTO_COLUMN.fullmatch(field)
               for name in names}
     place = next((place for place, (_, cells) in enumerate(upper) if wanted <= set(cells) and (
+        labels <= set(cells) or find_sides(cells, mapping).sides) and (
         required or photos & set(cells) or any(map(_PHOTO_COLUMN.fullmatch, cells)))), 0)
     number, header = upper[place]
     return chain(upper[place + 1:], rows), number, header, _find_columns(path, header, mapping, required)
@@ -96,8 +105,11 @@ def _find_columns(path: Path, header: list[str], mapping: dict[str, list[str]], 
                                              else 0))
     columns = {field: mapping.get(field, [field] if field in header else []) for field in FIELDS}
     columns["photo"] = list(dict.fromkeys([*(photos[name] for name in order), *mapping.get("photo", [])]))
+    for side in filter(mapping.__contains__, SIDES):
+        columns[side] = mapping[side]  # so that one that is not there is named
+    has_sides = bool(find_sides(header, mapping).sides)
     for field in required:
-        columns[field] = columns[field] or [field]
+        columns[field] = columns[field] or ([] if field == "label" and has_sides else [field])
     named = [name for name in header if name]
     used = [name for names in columns.values() for name in names]
     others = [name for name in named if name not in used]

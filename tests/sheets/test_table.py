@@ -302,3 +302,27 @@ def test_tables_of_results_hold_text_as_text(tmp_path):
     assert len(sheet["E2"].value) == 32_767 and sheet["F2"].value == "a\N{REPLACEMENT CHARACTER}b"
     assert sheet["C3"].value is None and sheet["E3"].value is None and sheet["F3"].data_type == "s"
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(("header", "row", "columns", "label"), [
+    ("text,长,宽,高", "杯子,12,8,15", [], "length: 12, width: 8, height: 15"),
+    ("text,长(mm),宽（mm）,高(mm)", "杯子,120,80,150", [], "length: 120 mm, width: 80 mm, height: 150 mm"),
+    ("text,Length in,Width in,Height in", "mug,12,8,15", [], "length: 12 in, width: 8 in, height: 15 in"),
+    ("text,length,width,height,unit", "mug,120,80,150,mm", [], "length: 120 mm, width: 80 mm, height: 150 mm"),
+    ("text,length,width,height,unit", "mug,12cm,80,,mm", [], "length: 12cm, width: 80 mm"),
+    ("text,W,D,H", "mug,12,8,15", [], "width: 12, depth: 8, height: 15"),
+    ("text,a,b,c,u", "mug,12,8,15,inch", ["length=a", "width=b", "height=c", "unit=u"],
+     "length: 12 inch, width: 8 inch, height: 15 inch"),
+    ("text,a (mm)", "mug,120", ["height=a (mm)"], "height: 120 mm"),
+    ("text,label,length,width", "mug,1 2 3,12,8", [], "1 2 3"),  # a label of its own comes first
+])
+def test_a_label_in_columns_of_its_own(tmp_path, header, row, columns, label):
+    [product] = read(csv_of(tmp_path, f"{header}\n{row}\n"), *columns)
+    assert product.label == label
+
+
+def test_sides_that_are_not_there_or_alone_are_named(tmp_path):
+    with pytest.raises(DataError, match="no column 'b'.*--column width=NAME"):
+        read(csv_of(tmp_path, "text,a\nmug,1\n"), "length=a", "width=b")
+    with pytest.raises(DataError, match="no column 'label'"):
+        read(csv_of(tmp_path, "text,height\nmug,1\n"))  # the height of what?
