@@ -17,19 +17,25 @@ _REWRITTEN = (  # what stands for the same in fewer forms
     (re.compile(r"(?<=[0-9])米([0-9])(?![0-9米.])"), r".\1米"),  # 1米2
     (re.compile(r"(?<=[0-9])'(?=$|[^'])"), "ft"),
 )
+_REWRITTEN_SIGNS = frozenset("-米'")
 _BARS = re.compile(r"[0-9.]++(?: ?\| ?[0-9.]++){1,2}")
 _BLANKS, _LINE_BREAKS = re.compile("[ \t\xa0]+"), re.compile(" ?\n[ \n]*")
 
 
 def in_one_case(text: str) -> str:
     """Fold a label's signs and blanks: lower case, x for every cross, line breaks without blanks around them."""
-    text = fold(text.translate(_LISTS)).lower().translate(_SIGNS).replace("''", '"')
+    if text.isascii():
+        text = text.lower().replace("\r", "\n")
+    else:
+        text = fold(text.translate(_LISTS)).lower().translate(_SIGNS)
+    text = text.replace("''", '"')
     return _LINE_BREAKS.sub("\n", _BLANKS.sub(" ", text)).strip()
 
 
 def in_fewer_forms(label: str) -> str:
     """Take away what changes no size, and write in one form what may be written in several."""
     label = _WEIGHT_BEFORE.sub("", _ABOUT.sub("", label), count=1).strip()
-    for form, replacement in _REWRITTEN:
-        label = form.sub(replacement, label)
+    if not _REWRITTEN_SIGNS.isdisjoint(label):
+        for form, replacement in _REWRITTEN:
+            label = form.sub(replacement, label)
     return label.replace("|", ";") if _BARS.fullmatch(label) else label

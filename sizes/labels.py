@@ -72,7 +72,8 @@ _SCREENS = {(640, 480), (800, 600), (1024, 600), (1024, 768), (1280, 720), (1280
             (1440, 900), (1600, 900), (1600, 1200), (1680, 1050), (1920, 1080), (1920, 1200), (2048, 1536),
             (2160, 1440), (2340, 1080), (2400, 1080), (2560, 1080), (2560, 1440), (2560, 1600), (2880, 1800),
             (3440, 1440), (3840, 2160), (4096, 2160), (5120, 2880), (7680, 4320)}
-_MOST_PIECES = 6  # 2*48*74: a count in front
+_PIECES = ("2", "3", "4", "5", "6")  # 2*48*74: a count in front
+_POINTED, _LEADING_ZERO = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}"), re.compile("-?0[0-9]")
 _MISSING = ("", "nan", "n/a", "na", "none", "null", "-", "--", "/", "?", "tbd", "unknown", "无", "暂无", "#n/a")
 _ACCEPTED = "accepted are one to three sizes such as 12 8 15, [66.0, 53.0, 73.0, cm], 12 x 8 x 15 inch"
 
@@ -151,7 +152,7 @@ def _label_in(text: str) -> Label:
 
 
 def _written_label(label: str) -> Label:
-    brackets = _BRACKETS.fullmatch(_QUOTED_ITEM.sub(r"\2", label))
+    brackets = _BRACKETS.fullmatch(_QUOTED_ITEM.sub(r"\2", label)) if label[:1] in ("[", "(") else None
     body = (brackets[1] or brackets[2]) if brackets else label
     sizes, units, rest = _read_group(body, brackets[3] if brackets else None, listed=bool(brackets))
     if not rest:
@@ -234,10 +235,11 @@ def _check_axes(items: list[re.Match], separators: list[str], orders: list[str])
 def _refuse_no_sizes(items: list[re.Match], numbers: list[float], units: list[str], has_unit: bool, has_axes: bool,
                      called_size: bool) -> None:
     """Refuse numbers that look like sizes and are none, or may be none."""
-    first, separators = items[0], {item.string[item.end():item.end() + 1] for item in items[:-1]}
-    letter = next((first[group] for group in ("before", "behind") if re.fullmatch("[a-z]", first[group] or "")), None)
-    if any(item["feet"] for item in items) and not has_axes:
+    first = items[0]
+    if not has_axes and any(item["feet"] for item in items):
         raise LabelError("found several units, which may be parts of one size, as in 5 ft 3 in")
+    letter = next((first[group] for group in ("before", "behind") if len(first[group] or "") == 1
+                   and first[group].isascii()), None)
     if len(items) == 1 and not has_unit and letter:
         raise LabelError(f"found {letter!r} behind or before one number, which may be a unit of something else")
     if len(items) == 1 and called_size and not has_unit and not has_axes:
@@ -247,8 +249,9 @@ def _refuse_no_sizes(items: list[re.Match], numbers: list[float], units: list[st
         raise LabelError("found one size in inches, which may be the diagonal of a screen")
     if len(items) == 2 and not has_unit and not has_axes and tuple(sorted(numbers, reverse=True)) in _SCREENS:
         raise LabelError("found two numbers that are pixels of a screen")
-    if (len(items) == 3 and not has_axes and separators <= {"x", "*"} and not first["unit"]
-            and re.fullmatch(f"[2-{_MOST_PIECES}]", first["number"]) and min(numbers[1:]) >= 10 * numbers[0]):
+    if (len(items) == 3 and not has_axes and first["number"] in _PIECES and not first["unit"]
+            and min(numbers[1:]) >= 10 * numbers[0]
+            and {item.string[item.end():item.end() + 1] for item in items[:-1]} <= {"x", "*"}):
         raise LabelError(f"found {first['number']} in front of two much larger sizes, which may be a count")
 
 
@@ -265,14 +268,14 @@ def _units_of(own: list[str | None], outside: list[str], separators: list[str]) 
 def _numbers_of(written: list[str], units: list[str], separators: list[str], has_axes: bool, has_unit: bool
                 ) -> list[float]:
     """Convert numbers as written, judging their commas and fractions by one another."""
-    pointed = [bool(re.fullmatch(r"[1-9][0-9]{0,2}\.[0-9]{3}", number)) for number in written]
-    if all(UNITS[unit] == MM for unit in units) and any(pointed):
+    pointed = [bool(_POINTED.fullmatch(number)) for number in written]
+    if any(pointed) and all(UNITS[unit] == MM for unit in units):
         whole = [number for number, points in zip(written, pointed, strict=True) if not points]
         if sum(pointed) < 2 or not whole or not all(re.fullmatch("[1-9][0-9]{2}", number) for number in whole):
             raise LabelError(f"found {written[pointed.index(True)]!r} mm, whose point may separate thousands")
         written = [number.replace(".", "") for number in written]  # as beside a whole 300 mm
     for number in written:
-        if re.match("-?0[0-9]", number):
+        if _LEADING_ZERO.match(number):
             raise LabelError(f"found {number!r}, a number that begins with 0")
         if number.startswith("-") and "space" in separators + ["" if len(written) > 1 else "single"]:
             raise LabelError("found a minus that may be a range")
