@@ -86,12 +86,13 @@ class Label(tuple[float, ...]):
     axes: what each size is named, l, w, h, d (depth), t (thickness) or round; () where they are not named.
     """
 
-    axes: tuple[str, ...]
+    axes: tuple[str, ...] = ()
 
     def __new__(cls, sizes: Iterable[float] = (), axes: Iterable[str] = ()) -> "Label":
         """Put sizes and their axes together."""
         label = super().__new__(cls, sizes)
-        label.axes = tuple(axes)
+        if axes:  # or a sheet of a million labels holds a million empty dictionaries
+            label.axes = tuple(axes)
         return label
 
     def __str__(self) -> str:
