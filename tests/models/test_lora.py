@@ -79,18 +79,18 @@ def test_only_adapters_get_gradients(policy):
 
 def test_a_fresh_adapter_changes_nothing_and_a_switched_off_one_neither(policy):
     prompts = three_prompts(policy)
-    generation = sample(policy, prompts)
-    with torch.no_grad():
+    with float64(policy), torch.no_grad():
+        generation = sample(policy, prompts)
         base = scored(policy, prompts, generation)
         policy.add_adapter(4, None, "base")
-        assert torch.equal(scored(policy, prompts, generation), base)
-        adapted_weights = [parameter for name, parameter in policy.model.named_parameters() if ".lora_B" in name]
-        for parameter in adapted_weights:
-            torch.nn.init.normal_(parameter, std=0.05)
+        assert (scored(policy, prompts, generation) - base).abs().max() < 1e-10
+        for name, parameter in policy.model.named_parameters():
+            if ".lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
         reference = policy.without_adapter()
         assert reference.model is policy.model
         assert (scored(policy, prompts, generation) - base).abs().max() > 1e-2
-        assert torch.equal(scored(reference, prompts, generation), base)
+        assert (scored(reference, prompts, generation) - base).abs().max() < 1e-10
         again = sample(reference, prompts)
         assert torch.equal(again.completions, generation.completions)
         assert (scored(policy, prompts, generation) - base).abs().max() > 1e-2  # switched on again
@@ -142,8 +142,9 @@ def test_plain_peft_loads_a_saved_adapter(policy, request, tmp_path):
     by_us.load_weights(str(tmp_path))
     with torch.no_grad():
         expected = scored(policy, prompts, generation)
-        assert torch.equal(scored(by_peft, prompts, generation), expected)
-        assert torch.equal(scored(by_us, prompts, generation), expected)
+        # Other tensors at other places of memory: kernels may round otherwise. The adapter moves 1e-2 and more.
+        assert (scored(by_peft, prompts, generation) - expected).abs().max() < 1e-5
+        assert (scored(by_us, prompts, generation) - expected).abs().max() < 1e-5
     state = load_file(tmp_path / "adapter_model.safetensors")
     assert all(name.startswith("base_model.model.") and tensor.dtype == torch.float32
                for name, tensor in state.items())
@@ -198,8 +199,8 @@ def test_a_run_trains_the_adapter_and_the_reference_stays_the_base(trained, shop
     generation = sample(untouched, prompts)
     with torch.no_grad():
         base = scored(untouched, prompts, generation)
-        assert shares_vision and torch.equal(scored(reference, prompts, generation), base)
-        assert not torch.equal(scored(policy, prompts, generation), base)
+        assert shares_vision and (scored(reference, prompts, generation) - base).abs().max() < 1e-5
+        assert (scored(policy, prompts, generation) - base).abs().max() > 1e-4
     assert training.load_models(replace(options, kl_weight=0.0), None)[1] is None
 
 
