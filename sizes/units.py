@@ -61,6 +61,7 @@ NUMBER = _NUMBER.replace("{whole}", "[0-9]*+")
 NUMBER_WITH_COMMAS = _NUMBER.replace("{whole}", "[0-9]*+(?:,[0-9]++)*+")
 _FULL_WIDTH = re.compile("[\uff01\uff03-\uff3b\uff3d-\uff5e\u3000]+")  # without quote and backslash, JSON's own signs
 _FRACTION = re.compile("[¼-¾⅐-⅞]")
+_FOLDED = re.compile(f"{_FULL_WIDTH.pattern[:-2]}¼-¾⅐-⅞]")
 _MIXED_FRACTION = re.compile("(?<![0-9.,/])([0-9]{0,6}+) ?([¼-¾⅐-⅞])(?![0-9¼-¾⅐-⅞])")
 THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:,[0-9]{3})++(?![0-9,])")
 # Objects become tuples of pairs: a repeated key is seen, and an array (a list) is never taken for an object.
@@ -69,6 +70,8 @@ DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=lambda _: Non
 
 def fold(text: str) -> str:
     """Turn full-width signs into ASCII and 19⅝ into 19.625: the first of them, so that the work stays bounded."""
+    if text.isascii() or not _FOLDED.search(text):
+        return text
     text = _FULL_WIDTH.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text, count=_MOST_RUNS)
     if _FRACTION.search(text):
         text = _MIXED_FRACTION.sub(lambda mixed: str(int(mixed[1] or 0) + unicodedata.numeric(mixed[2])), text,
