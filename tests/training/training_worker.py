@@ -176,11 +176,11 @@ def whole_parameters(run):
 def main(folder):
     """Every case; an assertion that fails ends the process with its traceback."""
     logger.remove()
+    training.train(settings(folder, folder / "undisturbed", 2))
+    training.train(replace(settings(folder, folder / "killed", 2), resume="auto"))
     with float64():
         for case in split_policies.CASES:
             split_policies.compare(*case)
-    training.train(settings(folder, folder / "undisturbed", 2))
-    training.train(replace(settings(folder, folder / "killed", 2), resume="auto"))
     give_worth()
     rows = watch_products()
     with float64():
