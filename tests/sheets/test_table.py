@@ -326,3 +326,12 @@ def test_sides_that_are_not_there_or_alone_are_named(tmp_path):
         read(csv_of(tmp_path, "text,a\nmug,1\n"), "length=a", "width=b")
     with pytest.raises(DataError, match="no column 'label'"):
         read(csv_of(tmp_path, "text,height\nmug,1\n"))  # the height of what?
+
+
+def test_a_cut_workbook_of_the_old_kind_is_refused(tmp_path):
+    write_xls(tmp_path / "data.xls", CELLS)
+    whole = (tmp_path / "data.xls").read_bytes()
+    for length in range(512, len(whole), 500):  # the reader panics at some of these
+        (tmp_path / "data.xls").write_bytes(whole[:length])
+        with pytest.raises(DataError, match="no readable Excel workbook"):
+            list(read_table(tmp_path / "data.xls", SheetOptions()))
