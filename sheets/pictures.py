@@ -24,8 +24,9 @@ from sheets.workbooks import stands_in
 
 _KINDS = (".xlsx", ".xlsm")
 _PICTURES = re.compile(r"/xl/(?:drawings/|cellimages|richData/)", re.I)
-_LINKS = dict.fromkeys(_KINDS, (re.compile(r"xl/worksheets/.*\.(?:xml|rels)", re.I),
-                                re.compile(rb"(?:IMAGE|DISPIMG|HYPERLINK)\(|/hyperlink[\"']")))
+_FORMULAS = dict.fromkeys(_KINDS, (re.compile(r"xl/worksheets/.*\.xml", re.I),
+                                   re.compile(rb"<f[^<]*?(?:IMAGE|DISPIMG|HYPERLINK)\(")))
+_LINKS = dict.fromkeys(_KINDS, (re.compile(r"xl/worksheets/.*\.rels", re.I), re.compile(rb"/hyperlink[\"']")))
 # Of other kinds: where a picture's name or its first bytes stand in the file.
 _OTHERS = {".ods": re.compile(rb"Pictures/\w"), ".xlsb": re.compile(rb"xl/media/\w"),
            ".xls": re.compile(rb"\x89PNG\r\n|\xff\xd8\xff[\xe0\xe1]")}
@@ -62,7 +63,7 @@ def may_hold_pictures(path: Path) -> bool:
     if kind not in _KINDS:
         return False
     with opened_package(path) as package:
-        return any(map(_PICTURES.match, package)) or stands_in(path, _LINKS)
+        return any(map(_PICTURES.match, package)) or stands_in(path, _LINKS) or stands_in(path, _FORMULAS)
 
 
 def read_pictures(path: Path, sheet_name: str, picture_dir: str | None) -> Pictures:
