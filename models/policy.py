@@ -21,7 +21,7 @@ from config import TrainOptions
 from models import lora, shared_prefix
 from models.decoding import PackedWriter, PlainWriter
 from models.family import ModelError, Prompt
-from models.head import distribution, token_log_probs
+from models.head import Logits, compute_dtype, distribution, token_log_probs
 from models.loading import DTYPES, choose_device, family_of, load_minicpm, load_weights, stop_token_ids
 
 
@@ -174,12 +174,13 @@ class Policy:
                 temperature: float | None) -> Generation:
         rows, max_length = uniforms.shape
         writer = self._begin(prompts, features, rows // len(prompts), max_length)
+        head = Logits(self._head.weight, compute_dtype(writer.hidden))
         completions = torch.zeros(rows, max_length, dtype=torch.long, device=self.device)
         log_probs = torch.zeros(rows, max_length, device=self.device)
         stopped = torch.zeros(rows, dtype=torch.bool, device=self.device)
         look_every = 1 if self.device.type == "cpu" else 8  # asking which have stopped waits for the GPU
         for step in range(max_length):
-            step_log_probs = distribution(self._head, writer.hidden, temperature, self._banned)  # (n, V)
+            step_log_probs = distribution(head, writer.hidden, temperature, self._banned)  # (n, V)
             token = _inverse_cdf(step_log_probs, uniforms[writer.rows, step, None]) if temperature else \
                 step_log_probs.argmax(-1, keepdim=True)  # (n, 1)
             completions[writer.rows, step] = token[:, 0]
