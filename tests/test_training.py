@@ -262,11 +262,25 @@ def test_without_kl_no_reference_is_loaded(shop, tmp_path):
     assert "kl_divergence" not in tags(options.log_dir)
 
 
-def test_a_bfloat16_reference_keeps_its_positions_in_float32(shop, tmp_path):
-    options = train_options(shop, tmp_path, dtype="bfloat16")
+@pytest.mark.parametrize("train_vision", [False, True])
+def test_a_bfloat16_reference_holds_its_matrices_in_bfloat16(shop, tmp_path, train_vision):
+    options = train_options(shop, tmp_path, dtype="bfloat16", train_vision=train_vision)
     _, reference, _ = training.load_models(options, None)
-    assert {parameter.dtype for parameter in reference.model.parameters()} == {torch.bfloat16}
+    vision = {id(parameter) for module in reference.family.vision_modules(reference.model)
+              for parameter in module.parameters()}
+    kept = [parameter for parameter in reference.model.parameters()
+            if parameter.dim() < 2 or (train_vision and id(parameter) in vision)]
+    assert {parameter.dtype for parameter in kept} == {torch.float32}
+    assert {parameter.dtype for parameter in reference.model.parameters()} == {torch.float32, torch.bfloat16}
+    assert sum(parameter.dtype == torch.float32 for parameter in reference.model.parameters()) == len(kept)
     assert {buffer.dtype for buffer in reference.model.buffers() if buffer.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("changes", [{}, {"train_vision": True}, {"lora_rank": 4}])
+def test_bfloat16_starts_from_a_kl_of_zero(shop, tmp_path, changes):
+    options = train_options(shop, tmp_path, dtype="bfloat16", max_steps=1, eval_every=0, preflight=False, **changes)
+    training.train(options)
+    assert tags(options.log_dir)["kl_divergence"][0][1] < 1e-9
 
 
 def test_starting_from_other_weights_keeps_the_reference(shop, tmp_path):
