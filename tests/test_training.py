@@ -283,6 +283,30 @@ def test_bfloat16_starts_from_a_kl_of_zero(shop, tmp_path, changes):
     assert tags(options.log_dir)["kl_divergence"][0][1] < 1e-9
 
 
+def test_rounding_stays_out_of_later_optimizer_steps(shop, tmp_path):
+    """With weights that stand still every ratio is 1; against the log-probs of sampling some tokens were clipped."""
+    options = train_options(shop, tmp_path, eval_every=0, dtype="bfloat16", lr=1e-30, minibatch_size=1, epochs=2,
+                            clip_eps=1e-3)
+    run, buffer = one_step(options)
+    sampled = [item.old_log_probs for item in buffer.items]
+    metrics = training.update(run.learner, buffer, options, step=0)
+    assert metrics["clip_fraction"] == 0 and metrics["ratio"] == pytest.approx(1, abs=1e-6)
+    gaps = [item.old_log_probs - before for item, before in zip(buffer.items, sampled, strict=True)]
+    tokens = torch.cat([gap[item.action_mask] for gap, item in zip(gaps, buffer.items, strict=True)])
+    assert metrics["log_prob_gap"] == pytest.approx(float(tokens.abs().max())) and metrics["log_prob_gap"] > 0
+    assert metrics["first_ratio"] == pytest.approx(float(tokens.exp().mean()), rel=1e-6)
+
+
+def test_the_first_ratio_is_against_sampling(shop, tmp_path):
+    """Not against the log-probs that take their place in bfloat16: those give 1 whatever was sampled."""
+    options = train_options(shop, tmp_path, eval_every=0, dtype="bfloat16")
+    run, buffer = one_step(options)
+    for item in buffer.items:
+        item.old_log_probs = item.old_log_probs - 0.5 * item.action_mask
+    metrics = training.update(run.learner, buffer, options, step=0)
+    assert metrics["ratio"] == 1 and metrics["first_ratio"] == pytest.approx(math.exp(0.5), rel=0.05)
+
+
 def test_starting_from_other_weights_keeps_the_reference(shop, tmp_path):
     first = training.train(train_options(shop, tmp_path / "a", max_steps=2, lr=1e-2, eval_every=0))
     options = train_options(shop, tmp_path / "b", max_steps=1, eval_every=0, checkpoint_path=str(first))
