@@ -99,8 +99,8 @@ def train(options: TrainOptions) -> Path | None:
             seconds: dict[str, float] = defaultdict(float)
             rate = learning_rate(step, options)
             products = products_at(step, run, options)
-            if step + 1 < options.max_steps:
-                run.encoder.prefetch(products_at(step + 1, run, options))
+            coming = products_at(step + 1, run, options) if step + 1 < options.max_steps else []
+            run.encoder.prefetch([*products, *coming])
             with timed(seconds, "rollout"), gathered(run.policy):
                 groups, failures = rollout_groups(run.encoder, products, options.group_size, options.temperature,
                                                   options.max_length, f"{options.seed}/{step}",
