@@ -277,7 +277,7 @@ def log_evaluation(run: Run, options: TrainOptions, step: int) -> dict[str, floa
     with gathered(run.policy):
         records, failures = evaluate(run.encoder, run.held_out[run.processes.rank::run.processes.world],
                                      options.eval_samples, options.temperature, options.max_length, options.seed,
-                                     options.rollout_batch_size, run.scorer)
+                                     options.rollout_batch_size, run.scorer, show=run.processes.main)
         if run.writer:
             log_held_out(run.writer, run.encoder, run.held_out, options, run.scorer, step)
     for failure in failures:
