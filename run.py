@@ -27,7 +27,7 @@ from loguru import logger
 from config import CompareOptions, TrainOptions
 from evidence.charts import curve_svg
 from evidence.comparison import Answers, build_report
-from evidence.evaluation import Record, ablations, in_chunks
+from evidence.evaluation import Record, ablations, in_chunks, with_other_photos
 from evidence.journal import Journal, weights_of
 from evidence.page import write_page
 from evidence.report import change_lines, confidence_line, summary_table, tables, write_sheet
@@ -52,6 +52,9 @@ def main(options: CompareOptions) -> None:
     trained = training_options(options)
     names_of(options.also)  # refuses what is given twice before any model answers
     samples = choose_samples(options, trained)
+    if options.ablate and not with_other_photos(samples):
+        raise DataError("--ablate: none of these products can be shown another one's photos, having none, or all the "
+                        "same; leave it out")
     scorer = scorer_of(trained, options.reward, options.trust_remote_code)
     logger.info(scorer.check(samples[0]))
     folder = Path(options.output_dir) if options.output_dir else Path(options.checkpoint_path).parent / "compare"
@@ -95,8 +98,13 @@ def answers_of_run(options: CompareOptions, trained: TrainOptions, samples: Sequ
                   *answer("after", model, model.encoder(), samples, options, journal))
     if options.ablate:
         for name, (encoder, others) in ablations(samples, model.encoder).items():
+            left_out = len(samples) - len(others)
+            notes = (f"{left_out} of {len(samples)} products left out: they have no photos, or no other product has "
+                     "other ones",) if left_out else ()
+            for note in notes:
+                logger.warning(f"{name}: {note}")
             sampled, greedy = answer(name, model, encoder, others, options, journal, both=False)
-            yield Answers(name, "ablation", options.checkpoint_path, sampled, greedy)
+            yield Answers(name, "ablation", options.checkpoint_path, sampled, greedy, notes)
 
 
 def answers_of_also(options: CompareOptions, trained: TrainOptions, samples: Sequence[Sample], scorer: Scorer,

@@ -162,20 +162,27 @@ def blank_photos(sample: Sample) -> list[Image.Image]:
 
 
 def with_other_photos(samples: Sequence[Sample]) -> list[Sample]:
-    """Give every product the photos of the next one that has as many, in a ring; the label stays its own."""
-    by_count: dict[int, list[int]] = {}
+    """Give every product with photos as many of another one, none of them its own; the label stays its own.
+
+    The next one that has enough gives them, else the one that has most; products that none can give any are left out.
+    """
+    swapped = []
     for index, sample in enumerate(samples):
-        by_count.setdefault(len(sample.photos), []).append(index)
-    swapped = list(samples)
-    for ring in by_count.values():
-        for position, index in enumerate(ring):
-            swapped[index] = replace(samples[index], photos=samples[ring[position - 1]].photos)
+        given: tuple[str, ...] = ()
+        for other in (*samples[index + 1:], *samples[:index]):
+            foreign = tuple(photo for photo in other.photos if photo not in sample.photos)[:len(sample.photos)]
+            given = max(given, foreign, key=len)
+            if len(given) == len(sample.photos):
+                break
+        if given:
+            swapped.append(replace(sample, photos=given))
     return swapped
 
 
 def ablations(samples: Sequence[Sample], make_encoder: Callable[..., PromptEncoder]
               ) -> dict[str, tuple[PromptEncoder, list[Sample]]]:
-    """Pair each photo ablation with the encoder and the products that carry it out."""
-    return {"no photos": (make_encoder(), [replace(sample, photos=()) for sample in samples]),
-            "photos blanked": (make_encoder(open_photos=blank_photos), list(samples)),
+    """Pair each photo ablation with the encoder and the products that carry it out, all of them with photos."""
+    shown = [sample for sample in samples if sample.photos]
+    return {"no photos": (make_encoder(), [replace(sample, photos=()) for sample in shown]),
+            "photos blanked": (make_encoder(open_photos=blank_photos), shown),
             "other products' photos": (make_encoder(), with_other_photos(samples))}

@@ -12,6 +12,7 @@ import run as comparing
 import train_vlm_parallel as training
 from config import CompareOptions
 from evidence.evaluation import ablations, evaluate
+from evidence.report import write_sheet
 from ground.errors import UserError
 from ground.options import check_options
 from models.policy import Policy
@@ -116,8 +117,17 @@ def test_every_model_has_its_bar(trained, shop, tmp_path, bars):
     report = compare(trained, tmp_path, ablate=True, also=[str(shop / "model")])
     assert [bar.title for bar in bars] == [model["name"] for model in report["models"]]
     count = len(report["products"])
-    assert [bar.total for bar in bars] == [count] * 6
+    left_out = sum(not product["photos"] for product in report["products"])
+    assert [bar.total for bar in bars] == [count] * 2 + [count - left_out] * 3 + [count]
     assert all(bar.shown[-1] == bar.total for bar in bars)
+    notes = [f"{left_out} of {count} products left out: they have no photos, or no other product has other ones"]
+    assert [model["notes"] for model in report["models"][2:5]] == [notes if left_out else []] * 3
+
+
+def test_photos_that_nobody_can_swap_are_not_ablated(trained, shop, tmp_path):
+    write_sheet(tmp_path / "own.xlsx", {"t": [{"text": f"box {row}", "label": "1 2 3"} for row in (2, 3)]})
+    with pytest.raises(UserError, match="--ablate: none of these products"):
+        compare(trained, tmp_path, ablate=True, data_path=str(tmp_path / "own.xlsx"))
 
 
 def test_what_names_tell_apart():

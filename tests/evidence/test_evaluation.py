@@ -142,6 +142,32 @@ def test_every_product_gets_another_ones_photos():
         assert (own.row, own.label, own.text) == (other.row, other.label, other.text)
 
 
+@pytest.mark.parametrize(("photos", "given"), [
+    (["ab", "cde"], ["cd", "ab"]),  # none has as many: what another one has, as far as it goes
+    (["a", "bcd", "ef"], ["b", "ef", "bc"]),
+    (["ax", "bx", "cx"], ["b", "c", "a"]),  # a photo that all share is no other product's
+    (["ab", "ab", "cd"], ["cd", "cd", "ab"]),  # two rows of one product
+    (["a", "", "b"], ["b", None, "a"]),  # without photos there is nothing to take away
+    (["a", "a", ""], [None, None, None]), ([""], [None]), (["ab"], [None]),
+])
+def test_nobody_is_shown_photos_of_its_own(photos, given):
+    samples = [record(row, [GOOD], photos=tuple(each)).sample for row, each in enumerate(photos)]
+    swapped = {sample.row: "".join(sample.photos) for sample in with_other_photos(samples)}
+    assert [swapped.get(row) for row in range(len(photos))] == given
+
+
+def test_an_ablation_is_compared_on_its_own_products_and_narrows_nothing():
+    before, after = ([record(row, [answer]) for row in (2, 3, 4)] for answer in (FAIR, GOOD))
+    blank = [record(4, [POOR]), record(2, [FAIR])]
+    report = build_report([Answers("before", "before", "a", before, []), Answers("after", "after", "b", after, []),
+                           Answers("blank", "ablation", "b", blank, [], ("1 of 3 left out",))], {"promise": 0.2}, 0.2)
+    assert not report["unpaired"] and len(report["products"]) == 3
+    assert report["ablation"]["blank"]["mean"] == pytest.approx(((1 - 0.5 / 3 - 1) + (0.2 - 1)) / 2)
+    assert [list(product["ablations"]) for product in report["products"]] == [["blank"], [], ["blank"]]
+    assert report["products"][2]["ablations"]["blank"]["reward"] == pytest.approx(0.2)
+    assert report["summary"]["blank"]["products"] == 2 and report["models"][2]["notes"] == ["1 of 3 left out"]
+
+
 def shown_samples(folder, count):
     """Products with none, one or two photos each, the longest in the middle."""
     samples = []
