@@ -172,7 +172,8 @@ class OptimizerOptions:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", within="(0, inf)")
     epochs: int = option(1, "passes over a step's buffer", within="(0, inf)")
     minibatch_size: int | None = option(
-        None, "products an optimizer step; default: the whole buffer", within="(0, inf)")
+        None, "products an optimizer step on each process, at most: a step's products are cut into even parts; "
+              "default: all of them", within="(0, inf)")
     micro_batch_size: int = option(
         1, "products a forward and backward pass; changes memory and speed, not the result; 0 starts with what fits "
            "the GPU (on a CPU, with all) and halves when memory runs out", within="[0, inf)")

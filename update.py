@@ -62,9 +62,9 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
     sums: dict[str, float] = defaultdict(float)
     first: dict[str, float] = {}  # before any weight has moved: ratio 1 and no gap, or sampling and update differ
     done = skipped = 0
-    minibatches = list(buffer.minibatches(options.epochs, options.minibatch_size, f"{options.seed}/{step}"))
-    for index in range(learner.processes.most(len(minibatches))):
-        minibatch = minibatches[index] if index < len(minibatches) else []
+    parts = learner.processes.most(buffer.parts(options.minibatch_size))  # fewer here: each is smaller, none is missing
+    minibatches = list(buffer.minibatches(options.epochs, parts, f"{options.seed}/{step}"))
+    for index, minibatch in enumerate(minibatches):
         learner.optimizer.zero_grad(set_to_none=True)
         metrics = backward(learner, minibatch, options, on_policy=index == 0)
         if not metrics:

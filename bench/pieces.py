@@ -105,7 +105,7 @@ def step_pieces(run: Run, options: Any, groups: list[Any], repeats: int) -> list
 
     def minibatches() -> None:
         full = ReplayBuffer(items=buffer.items)
-        for _ in full.minibatches(epochs=1, minibatch_size=4, seed=0):
+        for _ in full.minibatches(epochs=1, parts=full.parts(4), seed=0):
             pass
 
     return [("reward of an answer", cpu_seconds(lambda: score_answer(ANSWER, LABEL), repeats), options.group_size),

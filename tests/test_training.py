@@ -119,6 +119,22 @@ def test_minibatches_and_epochs_take_their_optimizer_steps(shop, tmp_path, monke
     assert len(steps) == 3 * 3
 
 
+def test_processes_cut_their_products_into_the_same_number_of_even_parts(shop, tmp_path, monkeypatch):
+    """Where another process has more to cut: this one, whose rollouts failed in part, has a share of each step."""
+    options = train_options(shop, tmp_path, minibatch_size=2)
+    run, buffer = one_step(options)
+    sizes = []
+
+    class Two(training.Processes):
+        def most(self, number):
+            return max(number, 3) if number == 2 else number  # the other has five products: three parts
+
+    monkeypatch.setattr(update, "backward", lambda learner, minibatch, *_, **__: sizes.append(len(minibatch)))
+    run.learner.processes = Two()
+    training.update(run.learner, buffer, options, step=0)
+    assert sizes == [1, 1, 1]
+
+
 def test_the_first_minibatch_of_each_step_is_on_policy(shop, tmp_path):
     options = train_options(shop, tmp_path, eval_every=0, batch_size=5, minibatch_size=2, epochs=2, lr=1e-2)
     training.train(options)
