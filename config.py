@@ -178,7 +178,8 @@ class OptimizerOptions:
         1, "products a forward and backward pass; changes memory and speed, not the result; 0 starts with what fits "
            "the GPU (on a CPU, with all) and halves when memory runs out", within="[0, inf)")
     max_bad_steps: int = option(
-        5, "stop after so many steps in a row with a non-finite loss or gradient", within="(0, inf)")
+        5, "stop after so many steps in a row without an optimizer step: no answers, none that counts, or no finite "
+           "loss and gradient", within="(0, inf)")
     max_kl: float = option(10.0, "warn of every step whose mean KL from the reference is above", within="(0, inf)")
     min_entropy: float = option(
         0.0, "warn of every step whose mean entropy, in nats a token, is below", within="[0, inf)")

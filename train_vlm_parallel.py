@@ -19,10 +19,10 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -74,7 +74,7 @@ class Run:
     products: list[Sample]
     held_out: list[Sample]
     start: int = 0  # steps done before this process
-    bad_steps: int = 0  # in a row
+    bad_steps: list[str] = field(default_factory=list)  # the last ones, in a row: why each moved no weight
     last_saved: Path | None = None
 
     @property
@@ -112,7 +112,7 @@ def train(options: TrainOptions) -> Path | None:
                 set_learning_rate(run.learner.optimizer, rate)
                 metrics = update(run.learner, buffer, options, step)
             metrics |= describe(groups, failures, run.processes) | {"lr": rate}
-            run.bad_steps = run.bad_steps + 1 if metrics["skipped_minibatches"] or "returns" not in metrics else 0
+            count_bad_step(run, metrics, step + 1)
             if run.writer:
                 log_step(run.writer, step + 1, options.max_steps, metrics, seconds)
                 log_groups(run.writer, groups, buffer.items, options, step + 1)
@@ -142,15 +142,29 @@ def products_at(step: int, run: Run, options: TrainOptions) -> list[Sample]:
                              run.processes.world)]
 
 
+def count_bad_step(run: Run, metrics: dict[str, float], step: int) -> None:
+    """Note why a step moved no weight; one that moved them ends the row of bad ones."""
+    if metrics["optimizer_steps"]:
+        run.bad_steps = []
+        return
+    why = ("no answer could be sampled" if "returns" not in metrics else
+           "loss or gradient not finite" if metrics["skipped_minibatches"] else
+           "every answer left out by --mask_truncated")
+    run.bad_steps = [*run.bad_steps, why]
+    if run.processes.main:
+        logger.warning(f"step {step}: no optimizer step: {why}")
+
+
 def finish_step(run: Run, options: TrainOptions, step: int, interruption: Interruption) -> bool:
     """After `step` steps: evaluate and save when it is time; returns whether the run should end early.
 
     Stops a run that was told to or has gone bad.
     """
     last, stop = step == options.max_steps, False
-    if run.bad_steps >= options.max_bad_steps:
-        raise BadRun(f"{run.bad_steps} steps in a row gave nothing to learn from (see the warnings above): stopped at "
-                     f"step {step}; the last checkpoint is {run.last_saved}")
+    if len(run.bad_steps) >= options.max_bad_steps:
+        causes = ", ".join(f"{why} in {count}" for why, count in Counter(run.bad_steps).items())
+        raise BadRun(f"{len(run.bad_steps)} steps in a row made no optimizer step: {causes} (see the warnings above). "
+                     f"Stopped at step {step}; the last checkpoint is {run.last_saved}")
     signalled = run.processes.most(interruption.signal)
     if options.eval_every and run.held_out and (step % options.eval_every == 0 or last) and not signalled:
         summary = log_evaluation(run, options, step)
@@ -188,7 +202,7 @@ def save(run: Run, options: TrainOptions, step: int) -> None:
     """
     main, world = run.processes.main, run.processes.world
     weights = whole_weights(run.policy, keep=main) if run.learner.sharded else None
-    state = {"step": step, "bad_steps": run.bad_steps, "products_per_step": options.batch_size * world, "world": world,
+    state = {"step": step, "why_bad": run.bad_steps, "products_per_step": options.batch_size * world, "world": world,
              "optimizer": whole_optimizer_state(run.learner.optimizer, keep=main)}
     try:
         run.last_saved = run.processes.once(lambda: save_checkpoint(run.policy, options, step, state, weights), OSError)
@@ -242,7 +256,7 @@ def take_up(run: Run, options: TrainOptions, resume_from: Path) -> None:
     """Take up the optimizer and the place of the run that is resumed."""
     state = read_state(resume_from, options, run.processes.world)
     load_optimizer_state(run.learner.optimizer, state["optimizer"])
-    run.start, run.bad_steps = state["step"], state["bad_steps"]
+    run.start, run.bad_steps = state["step"], state.get("why_bad", [])
     logger.info(f"resuming from {resume_from} at step {run.start} of {options.max_steps}"
                 + (": nothing left to do" if run.start >= options.max_steps else ""))
 

@@ -57,7 +57,7 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
     """Optimise over the buffer: one optimizer step a minibatch, `epochs` passes; returns averaged metrics.
 
     A minibatch with a non-finite loss or gradient changes nothing: it is skipped in all processes, logged with its
-    rows, kept in output_dir for inspection and counted.
+    rows, kept in output_dir for inspection and counted. optimizer_steps counts those that were made.
     """
     sums: dict[str, float] = defaultdict(float)
     first: dict[str, float] = {}  # before any weight has moved: ratio 1 and no gap, or sampling and update differ
@@ -89,7 +89,8 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
         for name, value in (metrics | {"grad_norm": grad_norm}).items():
             sums[name] += value
     learner.optimizer.zero_grad(set_to_none=True)
-    return {name: value / done for name, value in sums.items()} | first | {"skipped_minibatches": skipped}
+    return {name: value / done for name, value in sums.items()} | first | {"optimizer_steps": done,
+                                                                           "skipped_minibatches": skipped}
 
 
 def keep_bad_batch(minibatch: Sequence[Experience], options: TrainOptions, step: int, processes: Processes) -> None:

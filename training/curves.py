@@ -47,6 +47,7 @@ MEANINGS = {
     "log_prob_gap": "largest difference between log-probs at sampling and at the update, before any weight has moved",
     "clip_fraction": "share of tokens whose ratio lies outside the clip range",
     "grad_norm": "the gradient's norm before clipping",
+    "optimizer_steps": "optimizer steps made; 0 in a step that moved nothing",
     "skipped_minibatches": "minibatches left out for a loss or gradient that was not finite",
     "lr": "the learning rate",
     "errors/largest": "mean error of the largest side, cut off at 1; a side that an answer lacks counts as 1",
