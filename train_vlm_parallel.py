@@ -31,7 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 from config import TrainOptions
-from evidence.evaluation import evaluate, summarise
+from evidence.evaluation import Record, evaluate, summarise
 from ground.errors import OptionError
 from ground.options import write_options
 from loss import group_advantages
@@ -44,7 +44,7 @@ from prompts import read_template
 from replay_buffer import Experience, ReplayBuffer, join_experiences
 from rollout import Group, PromptEncoder, rollout_groups
 from sheets.samples import DataError, Sample, products_of_step
-from training.checkpoint import find_resume, keep_best, read_best, read_state, save_checkpoint
+from training.checkpoint import find_resume, is_better, keep_best, read_best, read_state, save_checkpoint
 from training.curves import Curves, describe, log_groups, log_held_out, log_step, warn_beyond_bounds
 from training.guard import check_on_a_product
 from training.preflight import preflight
@@ -131,7 +131,8 @@ def close(run: Run, options: TrainOptions) -> None:
     run.writer.close()
     best = read_best(options.output_dir)
     best_said = f", the best held-out reward at step {best['step']}" if best else ""
-    write_summary(options.output_dir, last_checkpoint=str(run.last_saved), best=best, done=True)
+    best_facts = best and {name: best[name] for name in ("step", "mean_reward")}
+    write_summary(options.output_dir, last_checkpoint=str(run.last_saved), best=best_facts, done=True)
     logger.info(f"done: {run.last_saved}{best_said}; curves: tensorboard --logdir {options.log_dir}")
 
 
@@ -167,8 +168,8 @@ def finish_step(run: Run, options: TrainOptions, step: int, interruption: Interr
                      f"Stopped at step {step}; the last checkpoint is {run.last_saved}")
     signalled = run.processes.most(interruption.signal)
     if options.eval_every and run.held_out and (step % options.eval_every == 0 or last) and not signalled:
-        summary = log_evaluation(run, options, step)
-        if summary and keep_if_best(run, options, step, summary["mean_reward"]):
+        records = log_evaluation(run, options, step)
+        if records and keep_if_best(run, options, step, records):
             logger.info(f"stopping at step {step}: no better held-out reward for {options.stop_after} evaluations")
             stop = True
     if step % options.save_every == 0 or last or stop or signalled:
@@ -179,20 +180,24 @@ def finish_step(run: Run, options: TrainOptions, step: int, interruption: Interr
     return stop
 
 
-def keep_if_best(run: Run, options: TrainOptions, step: int, reward: float) -> bool:
+def keep_if_best(run: Run, options: TrainOptions, step: int, records: Sequence[Record]) -> bool:
     """Keep the weights apart if their held-out reward is the best so far; returns whether to stop for lack of one.
 
-    A disk that fails costs a warning: the best before stays.
+    Compared are products that both evaluations answered. A disk that fails costs a warning: the best before stays.
     """
+    if not options.save_best:
+        return False
+    rewards = {f"{record.sample.sheet} row {record.sample.row}": record.reward for record in records}
     best = run.processes.once(lambda: read_best(options.output_dir))
-    better = best is None or reward > best["mean_reward"]
-    weights = whole_weights(run.policy, keep=run.processes.main) if better and run.learner.sharded else None
+    if not is_better(rewards, best):
+        return 0 < options.stop_after * options.eval_every <= step - best["step"]
+    weights = whole_weights(run.policy, keep=run.processes.main) if run.learner.sharded else None
     try:
-        return run.processes.once(lambda: keep_best(run.policy, options, step, reward, weights), OSError)
+        run.processes.once(lambda: keep_best(run.policy, options, step, rewards, weights), OSError)
     except OSError as problem:
         if run.processes.main:
             logger.warning(f"the best weights so far, of step {step}, could not be kept: {problem}")
-        return False
+    return False
 
 
 def save(run: Run, options: TrainOptions, step: int) -> None:
@@ -285,9 +290,9 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
     return buffer
 
 
-def log_evaluation(run: Run, options: TrainOptions, step: int) -> dict[str, float]:
-    """Answer the held-out products at the training temperature, each process its share; log and return how good the
-    answers are."""
+def log_evaluation(run: Run, options: TrainOptions, step: int) -> list[Record]:
+    """Answer the held-out products at the training temperature, each process its share; log how good the answers are
+    and return those of all."""
     with gathered(run.policy):
         records, failures = evaluate(run.encoder, run.held_out[run.processes.rank::run.processes.world],
                                      options.eval_samples, options.temperature, options.max_length, options.seed,
@@ -296,16 +301,17 @@ def log_evaluation(run: Run, options: TrainOptions, step: int) -> dict[str, floa
             log_held_out(run.writer, run.encoder, run.held_out, options, run.scorer, step)
     for failure in failures:
         logger.warning(f"held-out: {failure}")
-    summary = summarise([record for share in run.processes.gather(records) for record in share])
+    records = [record for share in run.processes.gather(records) for record in share]
     if run.writer is None:
-        return summary
+        return records
+    summary = summarise(records)
     for name, value in summary.items():
         run.writer.add_scalar(f"held_out/{name}", value, step)
     if summary:
         logger.info(f"held-out after step {step}: reward {summary['mean_reward']:.3f} | >=0.9 "
                     f"{summary['success_rate']:.0%} | zero {summary['zero_rate']:.1%} | {summary['products']} products")
     write_summary(options.output_dir, step=step, held_out=summary)
-    return summary
+    return records
 
 
 @contextmanager
