@@ -180,9 +180,12 @@ class OptimizerOptions:
     max_bad_steps: int = option(
         5, "stop after so many steps in a row without an optimizer step: no answers, none that counts, or no finite "
            "loss and gradient", within="(0, inf)")
-    max_kl: float = option(10.0, "warn of every step whose mean KL from the reference is above", within="(0, inf)")
+    max_kl: float = option(
+        1.0, "warn when the mean KL from the reference, in nats a token, has risen by more since the first step; again "
+             "when it has doubled", within="(0, inf)")
     min_entropy: float = option(
-        0.0, "warn of every step whose mean entropy, in nats a token, is below", within="[0, inf)")
+        0.1, "warn when the mean entropy has fallen below this share of the first step's; again when it has halved",
+        within="[0, 1)")
 
 
 @dataclass

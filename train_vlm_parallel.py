@@ -45,7 +45,7 @@ from replay_buffer import Experience, ReplayBuffer, join_experiences
 from rollout import Group, PromptEncoder, rollout_groups
 from sheets.samples import DataError, Sample, products_of_step
 from training.checkpoint import find_resume, is_better, keep_best, read_best, read_state, save_checkpoint
-from training.curves import Curves, describe, log_groups, log_held_out, log_step, warn_beyond_bounds
+from training.curves import Bounds, Curves, describe, log_groups, log_held_out, log_step
 from training.guard import check_on_a_product
 from training.preflight import preflight
 from training.provenance import write_start, write_summary
@@ -74,6 +74,7 @@ class Run:
     products: list[Sample]
     held_out: list[Sample]
     start: int = 0  # steps done before this process
+    first: dict[str, float] = field(default_factory=dict)  # KL and entropy of the run's first step
     bad_steps: list[str] = field(default_factory=list)  # the last ones, in a row: why each moved no weight
     last_saved: Path | None = None
 
@@ -94,6 +95,7 @@ def train(options: TrainOptions) -> Path | None:
     per_step = options.batch_size * run.processes.world
     bar = tqdm(total=options.max_steps * per_step, initial=run.start * per_step, unit="product",
                disable=None if run.processes.main else True, dynamic_ncols=True)
+    bounds = Bounds(options, run.first)
     with interruptible() as interruption:
         for step in range(run.start, options.max_steps):
             seconds: dict[str, float] = defaultdict(float)
@@ -116,7 +118,7 @@ def train(options: TrainOptions) -> Path | None:
             if run.writer:
                 log_step(run.writer, step + 1, options.max_steps, metrics, seconds)
                 log_groups(run.writer, groups, buffer.items, options, step + 1)
-                warn_beyond_bounds(metrics, options, step + 1)
+                bounds.look(metrics, step + 1)
             bar.update(per_step)
             if finish_step(run, options, step + 1, interruption):
                 break
@@ -207,7 +209,8 @@ def save(run: Run, options: TrainOptions, step: int) -> None:
     """
     main, world = run.processes.main, run.processes.world
     weights = whole_weights(run.policy, keep=main) if run.learner.sharded else None
-    state = {"step": step, "why_bad": run.bad_steps, "products_per_step": options.batch_size * world, "world": world,
+    state = {"step": step, "first": run.first, "why_bad": run.bad_steps, "world": world,
+             "products_per_step": options.batch_size * world,
              "optimizer": whole_optimizer_state(run.learner.optimizer, keep=main)}
     try:
         run.last_saved = run.processes.once(lambda: save_checkpoint(run.policy, options, step, state, weights), OSError)
@@ -261,7 +264,7 @@ def take_up(run: Run, options: TrainOptions, resume_from: Path) -> None:
     """Take up the optimizer and the place of the run that is resumed."""
     state = read_state(resume_from, options, run.processes.world)
     load_optimizer_state(run.learner.optimizer, state["optimizer"])
-    run.start, run.bad_steps = state["step"], state.get("why_bad", [])
+    run.start, run.first, run.bad_steps = state["step"], state.get("first", {}), state.get("why_bad", [])
     logger.info(f"resuming from {resume_from} at step {run.start} of {options.max_steps}"
                 + (": nothing left to do" if run.start >= options.max_steps else ""))
 

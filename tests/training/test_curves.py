@@ -20,7 +20,7 @@ from runs import train_options
 from sheets.samples import Sample
 from tiny import noise_photo
 from training.checkpoint import is_better, read_best
-from training.curves import candidate_table, photo_strip, telling
+from training.curves import MEANINGS, candidate_table, photo_strip, telling
 from training.trained import options_of
 
 
@@ -44,6 +44,13 @@ def test_every_curve_says_what_it_means(finished):
     assert {"returns", "errors/largest", "held_out/within_10", "seconds/rollout"} <= set(scalars)
     mute = [tag for tag in scalars if not events.SummaryMetadata(tag).summary_description]
     assert not mute
+
+
+def test_curves_say_what_is_computed():
+    """As tests/test_loss.py works it out: what the first loss of a step is, and which tokens the clip holds back."""
+    total, clipped = (" ".join(MEANINGS[name].split()) for name in ("total_loss", "clip_fraction"))
+    assert "With loss_type grpo about 0" in total and "dapo and dr_grpo" in total and "mask_truncated" in total
+    assert "above its range and the advantage is positive" in clipped
 
 
 def test_candidates_are_shown_with_photos(finished):
