@@ -281,7 +281,7 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
             (f"{group.sample.sheet} row {group.sample.row}",)))
     if run.reference is None:
         return buffer
-    for item, ref_log_probs in log_probs_under(run.reference, buffer.items, run.learner.micro_batch_size,
+    for item, ref_log_probs in log_probs_under(run.reference, buffer.items, run.learner.passes,
                                                options.temperature, run.shares_vision):
         item.ref_log_probs = ref_log_probs
     return buffer

@@ -18,7 +18,7 @@ WINGS = {
     "sheets": ["photos", "cells", "workbooks", "text_files", "table", "addresses", "package", "rich_values", "pictures",
                "photo_columns", "sides", "columns", "samples", "checks", "check_page", "fetch"],
     "models": ["family", "remote_code", "minicpm_remote", "minicpm_v46", "qwen_vl", "shared_prefix", "decoding", "head",
-               "lora", "loading", "policy", "trainable", "processes", "sharding"],
+               "lora", "loading", "memory", "policy", "trainable", "processes", "sharding"],
     "the algorithm": ["prompts", "reward", "own_reward", "replay_buffer", "loss", "rollout", "update"],
     "evidence": ["measures", "journal", "evaluation", "comparison", "report", "charts", "page"],
     "training": ["provenance", "checkpoint", "trained", "setup", "guard", "preflight", "curves"],
