@@ -1,5 +1,6 @@
 """Sheets as people keep them: encodings, separators, worksheets, merged cells, formulas, mapped columns."""
 
+import datetime
 import importlib.util
 import io
 import json
@@ -171,6 +172,20 @@ def test_worksheets_by_name(tmp_path, logged):
         read(path, sheet_name="July")
     with pytest.raises(DataError, match="--sheet_name May is for .xlsx"):
         read(csv_of(tmp_path, "text,label\n"), sheet_name="May")
+
+
+def test_a_label_that_excel_made_a_date_of_says_so(tmp_path):
+    def fill(book):
+        book.active.append(["text", "label"])
+        for place, (date, form) in enumerate([(datetime.date(2024, 5, 12), 'm"月"d"日"'),
+                                              (datetime.datetime(2015, 12, 8), "d-mmm-yy"), ("12 8 15", "@")], 2):
+            book.active.append(["mug", date])
+            book.active.cell(place, 2).number_format = form
+
+    samples, problems = load_samples(book_of(tmp_path / "data.xlsx", fill), tmp_path)
+    assert [sample.row for sample in samples] == [4]
+    assert [problem.row for problem in problems if problem.kind == "label ambiguous"] == [2, 3]
+    assert "Excel makes of 5-12, 12-5" in problems[0].detail and "8-12-15 or 15-12-8" in problems[1].detail
 
 
 def test_formulas_give_their_stored_values(tmp_path, logged):
