@@ -30,6 +30,7 @@ from sheets.columns import header_number
 from sheets.photos import examine_photos
 from sheets.samples import (
     CONTRADICTION,
+    WITHOUT_PHOTOS,
     DataError,
     RowProblem,
     Sample,
@@ -106,7 +107,7 @@ def inspect_rows(path: str, reading: SheetOptions, options: CheckDataOptions) ->
                  if sample.row in doubts]
     found = SheetCheck(path, reading, rows, usable, losses, problems)
     try:
-        require_usable(usable, losses, path, options.image_cache_dir)
+        require_usable(usable, losses, path, options.image_cache_dir, WITHOUT_PHOTOS)
         obey_bad_rows(losses, path, options.on_bad_row)
     except DataError as problem:
         found.verdict = str(problem)

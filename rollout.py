@@ -140,10 +140,10 @@ class PromptEncoder:
             kept -= 1
             prompt = self.encode_parts(sample.text, photos[:kept])
         if limit and len(prompt.input_ids) > limit:
-            raise PromptTooLong(f"the text alone makes {len(prompt.input_ids)} tokens, --max_prompt_length is {limit}")
+            raise PromptTooLong(f"the text alone makes {len(prompt.input_ids)} tokens, max_prompt_length is {limit}")
         if kept < len(photos):
             logger.warning(f"{sample.sheet} row {sample.row} ({sample.product_id}): {kept} of {len(photos)} photos "
-                           f"used, for --max_prompt_length {limit}")
+                           f"used, for max_prompt_length {limit}")
         return prompt
 
     def encode_parts(self, text: str, photos: Sequence[Any]) -> Prompt:
@@ -194,7 +194,7 @@ def rollout_groups(encoder: PromptEncoder, samples: Sequence[Sample], group_size
                                      [prompts[index] for index in chunk], group_size, temperature, max_length, seed)
         except torch.OutOfMemoryError:
             failures += [RolloutFailure(samples[index], f"out of memory while sampling {len(chunk)} products x "
-                                                        f"{group_size} answers; lower --rollout_batch_size")
+                                                        f"{group_size} answers")
                          for index in chunk]
             continue
         for index, group in zip(chunk, sampled, strict=True):
