@@ -159,7 +159,7 @@ def test_a_product_without_sku_id_is_known_by_its_text_and_photos(tmp_path):
 
 @pytest.mark.parametrize("header, missing, nearest", [
     (("sku_id", "text", "lable"), "label", "'lable'"),
-    (("sku_id", "Text", "label"), "text", "'Text'"),
+    (("sku_id", "Texts", "label"), "text", "'Texts'"),
 ])
 def test_a_missing_column_is_named_with_the_nearest_and_those_there(header, missing, nearest, tmp_path):
     path = write_sheet(tmp_path / "mugs.xlsx", [("1", "a mug", "1 2 3")], header=header)
