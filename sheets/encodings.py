@@ -25,7 +25,8 @@ _KOREAN = (
     "이다에의는로하을가고지서한은기으대사시를리도인스일자전정보용수성제장구화상조원주나아오공어방해무비실선연모미소생물과차세마동라신유여진경드트",
     "cp949", ((0xB0, 0xC8, 8.6), (0xCA, 0xFD, 14.7), (0xA3, 0xA3, 9.0), (0xA1, 0xAC, 12.6)))
 _RUSSIAN = "оеаинтсрвлкмдпугяызбйьчхжцшщэюёфъ"
-# Each encoding with its languages; those of an alphabet by their letters beside ASCII, the more frequent ones first.
+# Each encoding with its languages, the commoner first; those of an alphabet by their letters beside ASCII, the more
+# frequent first.
 _LANGUAGES: dict[str, tuple[str | tuple, ...]] = {
     "gb18030": (_SIMPLIFIED, _TRADITIONAL), "cp950": (_TRADITIONAL,), "cp932": (_JAPANESE,), "euc_jp": (_JAPANESE,),
     "cp949": (_KOREAN,),
@@ -72,7 +73,8 @@ def likely_encodings(data: bytes) -> list[str]:
     signs = sum(not sign.isascii() for sign in text)
     if cost > _ASCII * (len(text) - signs) + _DEAREST.get(order[0], _DEAREST_SIGNS) * signs + _BEYOND:
         return []
-    return order[:1] + [other for other in order if readings[other][1] != text and readings[other][0] < cost + _CLEAR]
+    best = next(encoding for encoding, reading in readings.items() if reading[1] == text)  # the commonest of such
+    return [best, *(other for other in order if readings[other][1] != text and readings[other][0] < cost + _CLEAR)]
 
 
 def _cost(text: str, encoding: str) -> float:

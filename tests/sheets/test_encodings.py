@@ -71,6 +71,10 @@ def test_signs_alone_are_read_right(line):
     assert data.decode(guess) == data.decode("cp1252")
 
 
+def test_of_encodings_that_read_the_same_the_commonest_is_taken():
+    assert likely_encodings("Lámpara de pie de algodón, diseño sólido".replace("ñ", "n").encode("cp1252")) == ["cp1252"]
+
+
 def test_random_bytes_and_other_encodings_are_refused():
     dice = random.Random(1)
     found = [likely_encodings(dice.randbytes(60)) for _ in range(200)]
