@@ -140,10 +140,10 @@ class PromptEncoder:
             kept -= 1
             prompt = self.encode_parts(sample.text, photos[:kept])
         if limit and len(prompt.input_ids) > limit:
-            raise PromptTooLong(f"the text alone makes {len(prompt.input_ids)} tokens, --max_prompt_length is {limit}")
+            raise PromptTooLong(f"the text alone makes {len(prompt.input_ids)} tokens, max_prompt_length is {limit}")
         if kept < len(photos):
             logger.warning(f"{sample.sheet} row {sample.row} ({sample.product_id}): {kept} of {len(photos)} photos "
-                           f"used, for --max_prompt_length {limit}")
+                           f"used, for max_prompt_length {limit}")
         return prompt
 
     def encode_parts(self, text: str, photos: Sequence[Any]) -> Prompt:
@@ -197,8 +197,8 @@ def rollout_groups(encoder: PromptEncoder, samples: Sequence[Sample], group_size
         if sampled is None:
             tokens = len(prompts[chunk[0]].input_ids)
             failures.append(RolloutFailure(samples[chunk[0]], f"out of memory while sampling it alone, {tokens} prompt "
-                                           f"tokens and {group_size} answers: train with a lower --max_pixels, "
-                                           "--max_slice_nums, --max_prompt_length or --group_size"))
+                                           f"tokens and {group_size} answers; smaller photos, a shorter text or fewer "
+                                           "answers take less"))
             continue
         for index, group in zip(chunk, sampled, strict=True):
             if bool(torch.isfinite(group.old_log_probs).all()):

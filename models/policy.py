@@ -87,8 +87,8 @@ class Policy:
         self.image_processor = image_processor
         self.family = family_of(model.config.model_type)
         if max_slice_nums is not None and not self.family.cuts_slices:
-            raise ModelError(f"--max_slice_nums {max_slice_nums}: {model.config.model_type} does not cut photos into "
-                             "slices; bound them with --max_pixels instead")
+            raise ModelError(f"max_slice_nums {max_slice_nums}: {model.config.model_type} does not cut photos into "
+                             "slices; bound them with max_pixels instead")
         self.dtype = dtype
         self.max_slice_nums = max_slice_nums
         self.max_pixels = max_pixels

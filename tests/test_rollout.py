@@ -86,7 +86,7 @@ def test_a_product_without_memory_is_named_and_the_others_are_sampled_in_halves(
     samples = [sample_of(tmp_path, row) for row in (2, 3, 4, 5)]
     groups, failures = groups_of(dense_policy, samples, batch=4)
     assert sizes == [4, 2, 1, 1, 1, 1] and len(groups) == 3 and len(failures) == 1
-    assert "out of memory while sampling it alone" in str(failures[0]) and "--max_pixels" in str(failures[0])
+    assert "out of memory while sampling it alone" in str(failures[0]) and "smaller photos" in str(failures[0])
     assert groups_of(dense_policy, samples, batch=4)[1] == [] and sizes[6:] == [1] * 4  # it is remembered
 
 

@@ -1,5 +1,6 @@
 """Sheets as people keep them: encodings, separators, worksheets, merged cells, formulas, mapped columns."""
 
+import datetime
 import importlib.util
 import io
 import json
@@ -43,10 +44,11 @@ def book_of(path, fill):
 
 TEXTS = {
     "gb18030": "标题,尺寸\n" + "不锈钢保温杯 大容量,12*8*15厘米\n" * 20,
-    "big5": "標題,尺寸\n" + "不鏽鋼保溫杯大容量,12*8*15公分\n" * 20,
-    "shift_jis": "商品名,サイズ\n" + "ステンレスマグカップ,12x8x15cm\n" * 20,
-    "euc_kr": "상품명,크기\n" + "스테인리스 머그컵,12x8x15cm\n" * 20,
+    "cp950": "標題,尺寸\n" + "不鏽鋼保溫杯大容量,12*8*15公分\n" * 20,
+    "cp932": "商品名,サイズ\n" + "ステンレスマグカップ,12x8x15cm\n" * 20,
+    "cp949": "상품명,크기\n" + "스테인리스 머그컵,12x8x15cm\n" * 20,
     "cp1252": "Bezeichnung,Größe\n" + "Küchentisch für die große Küche – schön,12 8 15\n" * 20,
+    "euc_jp": "商品名,サイズ\n" + "ステンレスマグカップ,12x8x15cm\n" * 20,
     "cp1251": "название,размер\n" + "Кружка из нержавеющей стали,12x8x15\n" * 20,
 }
 
@@ -67,8 +69,8 @@ def test_unicode_is_known_by_itself(encoding, tmp_path, logged):
 
 
 def test_a_short_sheet_is_guessed_and_a_named_encoding_is_obeyed(tmp_path):
-    path = csv_of(tmp_path, "text,label\n杯子,1 2 3\n", "gbk")
-    assert read(path)[0].text == "杯子"
+    path = csv_of(tmp_path, "text,label\n不锈钢杯子,1 2 3\n", "gbk")
+    assert read(path)[0].text == "不锈钢杯子"
     assert read(csv_of(tmp_path, "text,label\n杯子,1 2 3\n", "big5"), encoding="big5")[0].text == "杯子"
     for wrong in ("ascii", "no such"):
         with pytest.raises(DataError, match=f"can't be read as {wrong}"):
@@ -170,6 +172,20 @@ def test_worksheets_by_name(tmp_path, logged):
         read(path, sheet_name="July")
     with pytest.raises(DataError, match="--sheet_name May is for .xlsx"):
         read(csv_of(tmp_path, "text,label\n"), sheet_name="May")
+
+
+def test_a_label_that_excel_made_a_date_of_says_so(tmp_path):
+    def fill(book):
+        book.active.append(["text", "label"])
+        for place, (date, form) in enumerate([(datetime.date(2024, 5, 12), 'm"月"d"日"'),
+                                              (datetime.datetime(2015, 12, 8), "d-mmm-yy"), ("12 8 15", "@")], 2):
+            book.active.append(["mug", date])
+            book.active.cell(place, 2).number_format = form
+
+    samples, problems = load_samples(book_of(tmp_path / "data.xlsx", fill), tmp_path)
+    assert [sample.row for sample in samples] == [4]
+    assert [problem.row for problem in problems if problem.kind == "label ambiguous"] == [2, 3]
+    assert "Excel makes of 5-12, 12-5" in problems[0].detail and "8-12-15 or 15-12-8" in problems[1].detail
 
 
 def test_formulas_give_their_stored_values(tmp_path, logged):
