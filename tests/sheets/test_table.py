@@ -12,6 +12,7 @@ import pytest
 from loguru import logger
 
 from config import SheetOptions
+from sheet_kinds import WRITERS, write_xls
 from sheets.cells import DataError
 from sheets.columns import ProductRow, read_sheet
 from sheets.samples import load_samples
@@ -249,49 +250,13 @@ CELLS = [["text", "label", "sku_id"], ["mug", "12 8 15", "007"], ["=1+1", "0.1",
          ["NA", "12", "123456789012345678"]]
 
 
-def write_ods(path, rows):
-    """Write a spreadsheet of the OpenDocument kind by hand: every cell text."""
-    body = "".join("<table:table-row>" + "".join(
-        f'<table:table-cell office:value-type="string"><text:p>{cell}</text:p></table:table-cell>' for cell in row)
-        + "</table:table-row>" for row in rows)
-    spaces = " ".join(f'xmlns:{name}="urn:oasis:names:tc:opendocument:xmlns:{name}:1.0"'
-                      for name in ("office", "table", "text"))
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("mimetype", "application/vnd.oasis.opendocument.spreadsheet")
-        archive.writestr("META-INF/manifest.xml", '<manifest xmlns="urn:oasis:names:tc:opendocument:xmlns:manifest:1.0"'
-                                                  '/>')
-        archive.writestr("content.xml", f'<office:document-content {spaces}><office:body><office:spreadsheet>'
-                                        f'<table:table table:name="products">{body}</table:table>'
-                                        '</office:spreadsheet></office:body></office:document-content>')
-
-
-def write_xls(path, rows):
-    import xlwt
-
-    book = xlwt.Workbook()
-    sheet = book.add_sheet("products")
-    for place, row in enumerate(rows):
-        for column, cell in enumerate(row):
-            sheet.write(place, column, cell)
-    book.save(str(path))
-
-
-def write_objects(path, rows):
-    path.write_text(json.dumps([dict(zip(rows[0], row, strict=True)) for row in rows[1:]]), encoding="utf-8")
-
-
-WRITERS = {".xlsx": write_table, ".xlsm": lambda path, rows: write_table(path.with_suffix(".xlsx"), rows)
-           or path.with_suffix(".xlsx").rename(path), ".ods": write_ods, ".xls": write_xls, ".json": write_objects,
-           ".tsv": lambda path, rows: path.write_text("\n".join("\t".join(row) for row in rows), encoding="utf-8")}
-
-
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_sheet_of_any_kind_reads_the_same(tmp_path, kind):
     WRITERS[kind](tmp_path / f"data{kind}", CELLS)
     rows = [cells for _, cells in read_table(tmp_path / f"data{kind}", SheetOptions())]
     assert rows == CELLS
     products = read(tmp_path / f"data{kind}")
-    assert [product.number for product in products] == ([1, 2, 3] if kind == ".json" else [2, 3, 4])
+    assert [product.number for product in products] == ([1, 2, 3] if kind in (".json", ".jsonl") else [2, 3, 4])
 
 
 def test_parquet_keeps_long_ids_or_says_what_to_install(tmp_path):
