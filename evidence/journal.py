@@ -12,7 +12,7 @@ from sheets.samples import DataError
 class Journal:
     """JSON lines on the disk: first what the results depend on, then one line a piece: a row, or a model's row.
 
-    Opening it again gives the rows done so far; a line that a kill cut short counts as not written.
+    Opening it again gives what is done so far; a line that a kill cut short counts as not written.
     """
 
     def __init__(self, path: Path, made_with: Mapping[str, Any]):
@@ -20,14 +20,15 @@ class Journal:
         self.done: dict[int | str, dict[str, Any]] = {}
         head = json.dumps(made_with, sort_keys=True)
         lines = self._whole_lines()
-        if lines and lines[0] != head:
+        begun = len(lines) > 1
+        if begun and lines[0] != head:
             raise DataError(f"{path}: what is done in there was made with another sheet, model or options; finish "
                             "that run with its own, or delete the file to start anew")
         for line in lines[1:]:
             entry = json.loads(line)
             self.done[entry["row"]] = entry["line"]
-        self._file = path.open("a", encoding="utf-8")
-        if not lines:
+        self._file = path.open("a" if begun else "w", encoding="utf-8")
+        if not begun:
             self._write([head])
 
     def add(self, lines: Iterable[tuple[int | str, Mapping[str, Any]]]) -> None:
