@@ -3,6 +3,7 @@ test_two_processes.py: training_worker.py FOLDER, with a shop in it."""
 
 import faulthandler
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def options_of_case(folder, name, batch_size, **changes):
 
 
 CONFIGS = sorted((ROOT / "configs").glob("minicpm*.yaml"))
+STEPS = 12  # of the run that was killed
 FOR_SEVERAL = [path for path in CONFIGS if "x80gb" in path.name]  # they ask for several processes
 
 
@@ -173,11 +175,23 @@ def whole_parameters(run):
     return [whole(parameter.detach()).clone() for parameter in run.learner.parameters]
 
 
+def fail(folder):
+    """The program in both processes, of which the second fails and the first hangs: torchrun ends both."""
+    def broken(options, processes):
+        processes.most(1)
+        if processes.rank == 1:
+            raise ZeroDivisionError("planted")
+        time.sleep(600)
+
+    training.prepare = broken
+    training.main(TrainOptions(output_dir=str(folder / "failed"), device="cpu"))
+
+
 def main(folder):
     """Every case; an assertion that fails ends the process with its traceback."""
     logger.remove()
-    training.train(settings(folder, folder / "undisturbed", 2))
-    training.train(replace(settings(folder, folder / "killed", 2), resume="auto"))
+    training.train(settings(folder, folder / "undisturbed", 2, STEPS))
+    training.train(replace(settings(folder, folder / "killed", 2, STEPS), resume="auto"))
     with float64():
         for case in split_policies.CASES:
             split_policies.compare(*case)
@@ -206,4 +220,4 @@ if __name__ == "__main__":
     faulthandler.dump_traceback_later(1200, exit=True)  # one that hangs says where
     dist.init_process_group("gloo")
     main(Path(sys.argv[1]))
-    dist.destroy_process_group()
+    fail(Path(sys.argv[1]))
