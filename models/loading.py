@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ground.commands import import_for_good
 from models import lora
 from models.family import Family, ModelError
 from models.minicpm_remote import MiniCPMRemote
@@ -51,6 +52,7 @@ def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32, trust_remo
     trust_remote_code: allow a family to run the Python files in the model's folder. quantize "4bit" holds the language
     model in 4 bits. Raises ModelError naming the path, and the known families when it is of none.
     """
+    import_for_good("transformers.modeling_utils")  # most of what any family imports
     from transformers import PretrainedConfig
     from transformers.utils import logging
 

@@ -1,5 +1,6 @@
 """Each command line as a user meets it: in a process of its own where that matters, else in this one."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -21,6 +22,28 @@ def test_help_answers_before_torch_is_imported(script):
     assert done.returncode == 0 and "usage" in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "config" in imported and not imported & {"torch", "transformers"}, "help should not wait for torch"
+
+
+SCRIPT = """
+if __name__ == "__main__":
+    from config import DemoOptions
+    from ground.commands import start
+    start(DemoOptions, "")
+import gc
+then = gc.isenabled()
+def main(options):
+    print(then, gc.isenabled())
+"""
+
+
+def test_a_command_is_imported_without_looking_for_garbage_and_frozen_once(tmp_path, monkeypatch):
+    (tmp_path / "some_script.py").write_text(SCRIPT)
+    monkeypatch.syspath_prepend(tmp_path)
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append("frozen"))
+    for _ in range(2):  # the second time there is more in memory than modules
+        assert run_here(tmp_path / "some_script.py").stdout == "False True\n"
+        assert frozen == ["frozen"]
 
 
 def test_without_any_option_the_demo_is_named(tmp_path):

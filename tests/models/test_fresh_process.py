@@ -26,7 +26,8 @@ from tiny import adapted, noise_photo, parts_of
 KINDS = ["hybrid", "v47", "qwen2_5_vl", "qwen3_vl"]
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER = """
-import json, sys
+import gc, json, sys
+gc.disable()  # looking for garbage among what is imported takes a third of the time
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText

@@ -10,6 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from ground.commands import import_for_good  # noqa: E402
+
+if __name__ == "__main__":
+    import_for_good("rounding")  # and with it nearly everything
+
 import split_policies  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
