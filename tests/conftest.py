@@ -28,6 +28,13 @@ def pytest_collection():
         gc.enable()
 
 
+def pytest_runtest_setup():
+    """As many threads for every test, whatever the one before asked for: how many there are decides how sums round."""
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """The demo's tokenizer."""

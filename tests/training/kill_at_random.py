@@ -118,7 +118,8 @@ def settings(shop, folder, processes, steps=STEPS):
     """Options of a run of a few seconds that saves at every other step."""
     folder.mkdir(parents=True, exist_ok=True)
     return train_options(shop, folder, max_steps=steps, batch_size=4 // processes, save_every=2, keep_last=2,
-                         eval_every=0, lr_scheduler="linear", min_lr_ratio=0.1, kl_weight=0.1)
+                         eval_every=0, lr_scheduler="linear", min_lr_ratio=0.1, kl_weight=0.1,
+                         num_threads=int(os.environ["OMP_NUM_THREADS"]))  # other threads round otherwise
 
 
 def main():
