@@ -94,6 +94,7 @@ def train(options: TrainOptions) -> Path | None:
     per_step = options.batch_size * run.processes.world
     bar = tqdm(total=options.max_steps * per_step, initial=run.start * per_step, unit="product",
                disable=None if run.processes.main else True, dynamic_ncols=True)
+    sampled = run.start >= options.max_steps  # nothing left to do is no failure
     with interruptible() as interruption:
         for step in range(run.start, options.max_steps):
             seconds: dict[str, float] = defaultdict(float)
@@ -112,6 +113,7 @@ def train(options: TrainOptions) -> Path | None:
                 set_learning_rate(run.learner.optimizer, rate)
                 metrics = update(run.learner, buffer, options, step)
             metrics |= describe(groups, failures, run.processes) | {"lr": rate}
+            sampled = sampled or "returns" in metrics
             run.bad_steps = run.bad_steps + 1 if metrics["skipped_minibatches"] or "returns" not in metrics else 0
             if run.writer:
                 log_step(run.writer, step + 1, options.max_steps, metrics, seconds)
@@ -121,6 +123,9 @@ def train(options: TrainOptions) -> Path | None:
             if finish_step(run, options, step + 1, interruption):
                 break
     bar.close()
+    if not sampled:
+        raise BadRun("no product could be rolled out in any step, so nothing was learnt (see the warnings above); "
+                     "python check_data.py shows what is wrong with a sheet")
     if run.writer:
         close(run, options)
     return run.last_saved

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.family import Family, ModelError, Prompt, chat_parts, prompt_ids, shrink
+from models.weights import load_checked
 
 _MARKERS = ("image_token", "video_token", "image_start_token", "image_end_token", "slice_start_token",
             "slice_end_token", "image_id_start_token", "image_id_end_token")
@@ -33,7 +34,7 @@ class MiniCPMV46(Family):
         if missing:
             raise ModelError(f"{model_path}: the tokenizer lacks {', '.join(missing)}; take the model's own tokenizer")
         image_processor = MiniCPMV4_6ImageProcessorPil.from_pretrained(model_path)
-        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype, quantization_config=quantization)
+        model = load_checked(AutoModelForImageTextToText, model_path, dtype=dtype, quantization_config=quantization)
         if model.config.image_token_id != tokenizer.image_token_id:
             raise ModelError(f"{model_path}: config.json says image_token_id {model.config.image_token_id}, the "
                              f"tokenizer {tokenizer.image_token_id}")

@@ -22,7 +22,15 @@ from models import lora, shared_prefix
 from models.decoding import PackedWriter, PlainWriter
 from models.family import ModelError, Prompt
 from models.head import distribution, token_log_probs
-from models.loading import DTYPES, choose_device, family_of, load_minicpm, load_weights, stop_token_ids
+from models.loading import (
+    DTYPES,
+    choose_device,
+    family_of,
+    fitting_names,
+    load_minicpm,
+    load_weights,
+    stop_token_ids,
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,13 @@ class Policy:
             self.adapter = lora.load_adapter(self.model, path)
         else:
             load_weights(self.model, path)
+
+    def check_weights(self, path: str) -> None:
+        """Refuse a checkpoint that load_weights would not take, reading no tensor of it; raises ModelError."""
+        if lora.is_adapter(path):
+            lora.check_adapter(self.model, path)
+        else:
+            fitting_names(self.model, path)
 
     def merge_adapter(self) -> None:
         """Add the adapter to the model's weights, for good."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from models.family import Family, ModelError, Prompt, chat_parts, prompt_ids
+from models.weights import load_checked
 from sheets.samples import PhotoError
 
 _MARKERS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
@@ -44,7 +45,7 @@ class Qwen25VL(Family):
             raise ModelError(f"{model_path}: no chat template, neither a chat_template file nor one in "
                              "tokenizer_config.json")
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(model_path)
-        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype, quantization_config=quantization)
+        model = load_checked(AutoModelForImageTextToText, model_path, dtype=dtype, quantization_config=quantization)
         _check_parts(model_path, model.config, tokenizer, image_processor)
         patches = model.model.visual.patch_embed
         patches.forward = partial(_embed_patches, patches)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from models.family import ModelError
+from models.weights import load_checked
 
 _UNUSED_PACKAGES = ("torchaudio", "torchvision", "soundfile", "librosa")  # for audio, TTS and video only
 _OFF = (r"^apm\.", r"^audio_projection_layer\.", r"^tts\.")  # weights of the parts that stay off
@@ -54,7 +55,7 @@ def load_remote(folder: Path, dtype: torch.dtype, quantization: Any = None) -> t
             model_class = get_class_from_dynamic_module(code["AutoModel"], folder)
             call_post_init(model_class)
             model_class._keys_to_ignore_on_load_unexpected = list(_OFF)
-            model = model_class.from_pretrained(folder, config=config, dtype=dtype, quantization_config=quantization)
+            model = load_checked(model_class, folder, config=config, dtype=dtype, quantization_config=quantization)
         except ImportError as problem:
             raise ModelError(f"{folder}: the code of this model can't be imported: {problem}") from problem
     missing = [name for name in ("llm", "vpm", "resampler", "get_vllm_embedding") if not hasattr(model, name)]

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from loguru import logger
+from safetensors.torch import load_file, save_file
 from transformers import dynamic_module_utils
 from transformers.utils import is_torchvision_available
 
@@ -110,13 +111,18 @@ def test_position_table_is_rebuilt_and_checked(remote_policy, standin):
 
 
 def test_a_folder_without_its_code_or_parts_is_refused(standin, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "minicpmv"}')
-    with pytest.raises(ModelError, match="auto_map"):
-        load_minicpm(str(tmp_path), trust_remote_code=True)
     folder = tmp_path / "model"
     shutil.copytree(standin, folder)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text('{"model_type": "minicpmv"}')
+    with pytest.raises(ModelError, match="auto_map"):
+        load_minicpm(str(folder), trust_remote_code=True)
+    (folder / "config.json").write_text(config)
     code = (folder / "modeling_minicpmo.py").read_text()
     (folder / "modeling_minicpmo.py").write_text(code.replace("self.resampler", "self.bridge"))
+    state = load_file(folder / "model.safetensors")
+    save_file({name.replace("resampler.", "bridge."): tensor for name, tensor in state.items()},
+              folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="no resampler"):
         load_minicpm(str(folder), trust_remote_code=True)
 
