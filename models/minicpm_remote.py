@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from models.family import Family, ModelError, Prompt, shrink
 from models.remote_code import load_remote, local_folder
+from sheets.photos import PhotoError
 
 _MARKERS = ("im_start", "im_end", "slice_start", "slice_end", "im_id_start", "im_id_end", "unk_token")
 _WRITTEN_MARKERS = ("<image>./</image>", "<audio>./</audio>", "<video>./</video>")  # text that processors replace
@@ -66,6 +67,7 @@ class MiniCPMRemote(Family):
         """Put the photos before the text of one user turn, as chat() does, and let the processor cut and expand them.
 
         max_pixels scales a photo down before it is cut, so fewer slices come of it.
+        Raises PhotoError when the processor does not take every photo.
         Prompt.photos: pixel_values (3, patch, all patches * patch), the slices side by side; target_sizes (slices, 2),
         patches high and wide; image_bound (slices, 2), first and last + 1 position of each slice's placeholders.
         """
@@ -84,7 +86,7 @@ class MiniCPMRemote(Family):
         sizes = torch.as_tensor(encoded["tgt_sizes"][0]).long()
         photo_spans = int((input_ids == tokenizer.convert_tokens_to_ids(tokenizer.im_start)).sum())
         if photo_spans != len(photos) or not len(slices) == len(sizes) == len(bound):
-            raise ModelError(f"the model's processor made {photo_spans} spans for {len(photos)} photos, {len(bound)} "
+            raise PhotoError(f"the model's processor made {photo_spans} spans for {len(photos)} photos, {len(bound)} "
                              f"for {len(slices)} slices")
         return Prompt(input_ids, {"pixel_values": torch.cat(list(slices), dim=-1), "target_sizes": sizes,
                                   "image_bound": bound})

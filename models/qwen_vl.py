@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from models.family import Family, ModelError, Prompt, chat_parts, prompt_ids
 from models.weights import load_checked
-from sheets.samples import PhotoError
+from sheets.photos import PhotoError
 
 _MARKERS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}

@@ -29,6 +29,7 @@ from models.policy import Policy
 from replay_buffer import Experience, ReplayBuffer
 from rollout import draw_uniforms
 from runs import train_options
+from sheets.photos import PhotoError
 from standin_minicpm import build, edit, write_standin, write_weights
 from test_layout import FLOORS, path_of
 from tiny import noise_photo
@@ -187,7 +188,7 @@ def test_a_photo_that_the_processor_loses_is_an_error(remote_policy):
         return whole([text.replace("(<image>./</image>)", "", 1) for text in texts], [photos[0][1:]], **options)
 
     remote_policy.image_processor = replace(remote_policy.image_processor, processor=forgetful)
-    with pytest.raises(ModelError, match="1 spans for 2 photos"):
+    with pytest.raises(PhotoError, match="1 spans for 2 photos"):
         remote_policy.encode_prompt("box", [noise_photo(1), noise_photo(2)])
 
 
