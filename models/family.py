@@ -118,6 +118,14 @@ class Family:
         model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
         self.save_processor(tokenizer, image_processor, model_path, folder)
 
+    def audio_weights(self, model_path: str) -> dict[str, Tensor]:
+        """Read what the makers' folder holds of audio and TTS; raises ModelError when it holds nothing of them."""
+        raise ModelError(f"--keep_audio: {model_path} has no audio and no TTS part; leave the option out")
+
+    def save_audio(self, weights: dict[str, Tensor], model_path: str, folder: Path) -> None:
+        """Write audio_weights into a saved folder, and switch audio and TTS on in it as the makers have them."""
+        raise NotImplementedError
+
     def save_processor(self, tokenizer: Any, image_processor: Any, model_path: str, folder: Path) -> None:
         """Write what a model folder holds besides weights and config: tokenizer, processor files of model_path."""
         tokenizer.save_pretrained(folder)

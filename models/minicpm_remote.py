@@ -6,6 +6,8 @@ gives text instead of ids.
 """
 
 import json
+import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.family import Family, ModelError, Prompt, shrink
-from models.remote_code import load_remote, local_folder
+from models.remote_code import OFF, load_remote, local_folder
+from models.weights import add_weights, read_tensor, stored_tensors
 from sheets.photos import PhotoError
 
 _MARKERS = ("im_start", "im_end", "slice_start", "slice_end", "im_id_start", "im_id_end", "unk_token")
@@ -134,6 +137,27 @@ class MiniCPMRemote(Family):
         config |= {"init_vision": True, "init_audio": False, "init_tts": False,
                    "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    def audio_weights(self, model_path: str) -> dict[str, Tensor]:
+        """Read what the makers' folder holds of audio and TTS; raises ModelError when it holds nothing of them."""
+        found = {name: read_tensor(stored) for name, stored in stored_tensors(local_folder(model_path))
+                 if any(re.match(pattern, name) for pattern in OFF)}
+        if not found:
+            raise ModelError(f"--keep_audio: no weights of audio or TTS in {model_path}; give the makers' own folder "
+                             "with --model_path")
+        return found
+
+    def save_audio(self, weights: dict[str, Tensor], model_path: str, folder: Path) -> None:
+        """Write audio_weights into a saved folder, and switch audio and TTS on in it as the makers have them."""
+        add_weights(folder, weights, "model-audio-and-tts.safetensors")
+        config, makers = (json.loads((path / "config.json").read_text(encoding="utf-8"))
+                          for path in (folder, local_folder(model_path)))
+        for switch in ("init_audio", "init_tts"):
+            config.pop(switch)
+        config |= {switch: makers[switch] for switch in ("init_audio", "init_tts") if switch in makers}
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+        if (local_folder(model_path) / "assets").is_dir():  # what some of them speak with
+            shutil.copytree(local_folder(model_path) / "assets", folder / "assets")
 
     def save_processor(self, tokenizer: Any, image_processor: RemoteProcessor, model_path: str, folder: Path) -> None:
         """Write the makers' own files as they are, but for config.json: code, tokenizer, processor."""

@@ -20,7 +20,7 @@ from models.family import ModelError
 from models.weights import load_checked
 
 _UNUSED_PACKAGES = ("torchaudio", "torchvision", "soundfile", "librosa")  # for audio, TTS and video only
-_OFF = (r"^apm\.", r"^audio_projection_layer\.", r"^tts\.")  # weights of the parts that stay off
+OFF = (r"^apm\.", r"^audio_projection_layer\.", r"^tts\.")  # weights of the parts that stay off
 _TABLES = {"pos_embed": ("_set_2d_pos_cache", "max_size"),
            "temporal_pos_embed": ("_set_temporal_pos_cache", "max_temporal_size")}
 _NOTHING = object()
@@ -54,7 +54,7 @@ def load_remote(folder: Path, dtype: torch.dtype, quantization: Any = None) -> t
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
             model_class = get_class_from_dynamic_module(code["AutoModel"], folder)
             call_post_init(model_class)
-            model_class._keys_to_ignore_on_load_unexpected = list(_OFF)
+            model_class._keys_to_ignore_on_load_unexpected = list(OFF)
             model = load_checked(model_class, folder, config=config, dtype=dtype, quantization_config=quantization)
         except ImportError as problem:
             raise ModelError(f"{folder}: the code of this model can't be imported: {problem}") from problem

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.family import ModelError
@@ -88,6 +89,20 @@ def check_files(folder: Path) -> None:
         elif file.suffix == ".safetensors":
             with open_safetensors(file):
                 pass
+
+
+def add_weights(folder: Path, tensors: dict[str, Tensor], name: str) -> None:
+    """Put more tensors into a model folder, in a file of this name; the index that transformers then wants is made."""
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        (folder / "model.safetensors").rename(folder / "model-trained.safetensors")
+    places, size = {}, 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with open_safetensors(file) as stored:
+            places |= dict.fromkeys(stored.keys(), file.name)
+            size += file.stat().st_size
+    index.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2), encoding="utf-8")
 
 
 def load_checked(model_class: Any, path: str | Path, **options: Any) -> nn.Module:
