@@ -73,7 +73,8 @@ class SheetOptions:
 
     column: list[str] = option(
         [], "FIELD=NAME, what a column of your sheet is: text, label (or length, width, height and unit), sku_id, "
-            "category or photo; repeat for each; default: columns of these names, photos in sku_img, spu_img_1, ...")
+            "category or photo; repeat for each; default: columns of these names, photos in sku_img, spu_img_1, ... or, "
+            "without these, in columns whose cells look like photo addresses")
     sheet_name: str | None = option(None, "worksheet of a workbook; default: the first that is not hidden")
     encoding: str | None = option(
         None, "encoding of a .csv, .tsv, .json or .jsonl; default: UTF-8, or a guess that is logged")

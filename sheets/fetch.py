@@ -28,6 +28,7 @@ from urllib3.util.retry import Retry
 
 from config import FetchOptions, SheetOptions
 from ground.files import PARTIAL, whole_file
+from sheets.addresses import PICTURE
 from sheets.columns import read_sheet
 from sheets.photos import PhotoError, open_photo
 from sheets.samples import cached_photo_path, find_cached_photo
@@ -67,7 +68,8 @@ class Fetched:
 
 def missing_addresses(data_path: str, cache_dir: str, reading: SheetOptions) -> list[str]:
     """List the photo addresses of a sheet that have no file in the cache and are none themselves, each once."""
-    addresses = {address: None for row in read_sheet(data_path, reading, ()) for _, address in row.photos}
+    addresses = {address: None for row in read_sheet(data_path, reading, ()) for _, address in row.photos
+                 if not address.startswith(PICTURE)}
     sheet_dir = os.path.dirname(data_path)
     return [address for address in addresses if not os.path.isfile(os.path.join(sheet_dir, address))
             and find_cached_photo(address, cache_dir) is None]

@@ -18,6 +18,7 @@ from loguru import logger
 from PIL import Image
 
 from config import MissingPhotos, PartialLabels, SheetOptions
+from sheets.addresses import PICTURE
 from sheets.cells import DataError
 from sheets.columns import ProductRow, read_sheet
 from sheets.photos import PhotoError, open_photos
@@ -76,6 +77,8 @@ def cached_photo_path(address: str, cache_dir: str | Path) -> Path:
 
 
 def _cached_name(address: str) -> str:
+    if address.startswith(PICTURE):
+        return address.removeprefix(PICTURE)
     # Strings, here and below: a sheet may name a million photos.
     name = address.partition("?")[0].partition("#")[0].rpartition("/")[2]
     _, dot, extension = name.rpartition(".")
@@ -162,7 +165,7 @@ def read_rows(data_path: str | Path, image_cache_dir: str | Path, missing_photos
     reading = reading or SheetOptions()
     sheet = f"{path.name} [{reading.sheet_name}]" if reading.sheet_name else path.name
     samples, problems = [], []
-    for row in read_sheet(path, reading, ("text", "label") if require_label else ("text",)):
+    for row in read_sheet(path, reading, ("text", "label") if require_label else ("text",), cache_dir):
         product_id = row.sku_id or _identity(row)
         label, label_problems = _read_label(row.label, require_label, partial_labels)
         photos, photo_problems = _find_photos(row, sheet_dir, cache_dir, missing_photos)
@@ -218,6 +221,10 @@ def _find_photos(row: ProductRow, sheet_dir: str, cache_dir: str, missing_photos
                 photos[expected] = None
         else:
             photos[found] = None
+    for fault in row.faults:
+        problems.append(f"photo missing: {fault}")
+        if missing_photos == "placeholder":
+            photos[f"{cache_dir}/{fault}"] = None
     return tuple(photos), problems
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import openpyxl
 import pytest
-from loguru import logger
 from PIL import Image
 
 from sheets.samples import (
@@ -181,18 +180,6 @@ def test_a_column_that_comes_twice_is_refused(tmp_path):
     path = write_sheet(tmp_path / "twice.csv", [("a mug", "1 2 3", "4 5 6")], header=("text", "label", "label"))
     with pytest.raises(DataError, match="'label' comes 2 times"):
         load(path)
-
-
-def test_a_misspelt_photo_column_is_warned_of(tmp_path):
-    path = write_sheet(tmp_path / "mugs.csv", [("a mug", "1 2 3", "x.jpg", "!")],
-                       header=("text", "label", "spu_img1", "note"))
-    lines: list[str] = []
-    sink = logger.add(lines.append, level="WARNING")
-    try:
-        load(path)
-    finally:
-        logger.remove(sink)
-    assert len(lines) == 1 and "'spu_img1' is not read" in lines[0]
 
 
 @pytest.mark.parametrize("name, content, message", [
