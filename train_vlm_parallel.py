@@ -41,7 +41,7 @@ from models.sharding import gathered, load_optimizer_state, shard_all, whole_opt
 from models.trainable import parameter_table, set_trainable
 from own_reward import Scorer
 from prompts import read_template
-from replay_buffer import Experience, ReplayBuffer, join_experiences
+from replay_buffer import Experience, ReplayBuffer
 from rollout import Group, PromptEncoder, rollout_groups
 from sheets.samples import DataError, Sample, products_of_step
 from training.checkpoint import find_resume, keep_best, read_best, read_state, save_checkpoint
@@ -50,7 +50,7 @@ from training.guard import check_on_a_product
 from training.preflight import preflight
 from training.provenance import write_start, write_summary
 from training.setup import fetch_photos, load_models, load_products, set_up_log
-from update import Learner, learning_rate, make_idle, make_learner, micro_batches, set_learning_rate, update
+from update import Learner, learning_rate, log_probs_under, make_idle, make_learner, set_learning_rate, update
 
 
 class BadRun(RuntimeError):
@@ -264,15 +264,9 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
             (f"{group.sample.sheet} row {group.sample.row}",)))
     if run.reference is None:
         return buffer
-    with torch.no_grad(), gathered(run.reference):
-        for items in micro_batches(buffer.items, run.learner.micro_batch_size):
-            batch = join_experiences(items)
-            ref_log_probs, _ = run.reference.log_probs(batch.prompts, batch.completions, batch.action_mask,
-                                                       options.temperature,
-                                                       batch.features if run.shares_vision else None,
-                                                       with_entropy=False)
-            for item, rows in zip(items, ref_log_probs.split([len(item.rewards) for item in items]), strict=True):
-                item.ref_log_probs = rows[:, :item.action_mask.shape[1]]
+    for item, ref_log_probs in log_probs_under(run.reference, buffer.items, run.learner.micro_batch_size,
+                                               options.temperature, run.shares_vision):
+        item.ref_log_probs = ref_log_probs
     return buffer
 
 

@@ -262,11 +262,49 @@ def test_without_kl_no_reference_is_loaded(shop, tmp_path):
     assert "kl_divergence" not in tags(options.log_dir)
 
 
-def test_a_bfloat16_reference_keeps_its_positions_in_float32(shop, tmp_path):
-    options = train_options(shop, tmp_path, dtype="bfloat16")
+@pytest.mark.parametrize("train_vision", [False, True])
+def test_a_bfloat16_reference_holds_its_matrices_in_bfloat16(shop, tmp_path, train_vision):
+    options = train_options(shop, tmp_path, dtype="bfloat16", train_vision=train_vision)
     _, reference, _ = training.load_models(options, None)
-    assert {parameter.dtype for parameter in reference.model.parameters()} == {torch.bfloat16}
+    vision = {id(parameter) for module in reference.family.vision_modules(reference.model)
+              for parameter in module.parameters()}
+    kept = [parameter for parameter in reference.model.parameters()
+            if parameter.dim() < 2 or (train_vision and id(parameter) in vision)]
+    assert {parameter.dtype for parameter in kept} == {torch.float32}
+    assert {parameter.dtype for parameter in reference.model.parameters()} == {torch.float32, torch.bfloat16}
+    assert sum(parameter.dtype == torch.float32 for parameter in reference.model.parameters()) == len(kept)
     assert {buffer.dtype for buffer in reference.model.buffers() if buffer.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("changes", [{}, {"train_vision": True}, {"lora_rank": 4}])
+def test_bfloat16_starts_from_a_kl_of_zero(shop, tmp_path, changes):
+    options = train_options(shop, tmp_path, dtype="bfloat16", max_steps=1, eval_every=0, preflight=False, **changes)
+    training.train(options)
+    assert tags(options.log_dir)["kl_divergence"][0][1] < 1e-9
+
+
+def test_rounding_stays_out_of_later_optimizer_steps(shop, tmp_path):
+    """With weights that stand still every ratio is 1; against the log-probs of sampling some tokens were clipped."""
+    options = train_options(shop, tmp_path, eval_every=0, dtype="bfloat16", lr=1e-30, minibatch_size=1, epochs=2,
+                            clip_eps=1e-3)
+    run, buffer = one_step(options)
+    sampled = [item.old_log_probs for item in buffer.items]
+    metrics = training.update(run.learner, buffer, options, step=0)
+    assert metrics["clip_fraction"] == 0 and metrics["ratio"] == pytest.approx(1, abs=1e-6)
+    gaps = [item.old_log_probs - before for item, before in zip(buffer.items, sampled, strict=True)]
+    tokens = torch.cat([gap[item.action_mask] for gap, item in zip(gaps, buffer.items, strict=True)])
+    assert metrics["log_prob_gap"] == pytest.approx(float(tokens.abs().max())) and metrics["log_prob_gap"] > 0
+    assert metrics["first_ratio"] == pytest.approx(float(tokens.exp().mean()), rel=1e-6)
+
+
+def test_the_first_ratio_is_against_sampling(shop, tmp_path):
+    """Not against the log-probs that take their place in bfloat16: those give 1 whatever was sampled."""
+    options = train_options(shop, tmp_path, eval_every=0, dtype="bfloat16")
+    run, buffer = one_step(options)
+    for item in buffer.items:
+        item.old_log_probs = item.old_log_probs - 0.5 * item.action_mask
+    metrics = training.update(run.learner, buffer, options, step=0)
+    assert metrics["ratio"] == 1 and metrics["first_ratio"] == pytest.approx(math.exp(0.5), rel=0.05)
 
 
 def test_starting_from_other_weights_keeps_the_reference(shop, tmp_path):

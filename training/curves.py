@@ -39,11 +39,12 @@ MEANINGS = {
     "total_loss": "the policy loss plus kl_weight times the KL term. About 0 at each step's first update, since a "
                   "group's advantages average to zero: watch returns instead",
     "kl_divergence": "how far the policy has moved from the reference policy, per token (k3 estimate); a few tenths "
-                     "are a lot, a steep rise says that the learning rate is too high",
+                     "are a lot, a steep rise says that the learning rate is too high. In bfloat16 about 1e-5 of it is "
+                     "rounding where products are put together in other passes than for the reference, else none",
     "entropy": "mean entropy of the next token, in nats; near 0 all answers of a group are alike and learning ends",
     "ratio": "mean of pi / pi_old over tokens; 1 when nothing has moved since sampling",
-    "first_ratio": "the same at the step's first minibatch, before any weight has moved: 1, or sampling and update "
-                   "differ",
+    "first_ratio": "the same before any weight of the step has moved, against what was sampled: 1, in bfloat16 within "
+                   "rounding, or sampling and update differ",
     "log_prob_gap": "largest difference between log-probs at sampling and at the update, before any weight has moved",
     "clip_fraction": "share of tokens whose ratio lies outside the clip range",
     "grad_norm": "the gradient's norm before clipping",
