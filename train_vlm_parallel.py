@@ -37,7 +37,7 @@ from ground.options import write_options
 from loss import group_advantages
 from models.policy import Policy
 from models.processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
-from models.sharding import gathered, load_optimizer_state, shard_all, whole_optimizer_state, whole_weights
+from models.sharding import gathered, load_optimizer_state, shard, whole_optimizer_state, whole_weights
 from models.trainable import parameter_table, set_trainable
 from own_reward import Scorer
 from prompts import read_template
@@ -216,17 +216,18 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     scorer = Scorer(options.reward)
     logger.info(scorer.check(products[0]))
     resume_from = processes.once(lambda: find_resume(options), OptionError)
-    policy, reference, shares_vision = load_models(options, resume_from)
+    policy, reference, shares_vision = load_models(options, resume_from, processes)
     parameters = set_trainable(policy, options.train_vision)
     logger.info(f"what trains:\n{parameter_table(policy)}")
     encoder = PromptEncoder(policy, options.prompt_language, read_template(options.prompt_file),
                             options.prompt_cache_mb, options.max_prompt_length)
-    if not options.exact_path:  # before weights are split: it wants them whole
+    if not options.exact_path:
         check_on_a_product(policy, reference, encoder, products, options)
     idle = None
     if options.sharding == "fsdp" and processes.world > 1:
         idle = make_idle(policy, options.group_size, options.train_vision)
-        parameters = shard_all(policy, reference)
+        shard(policy)  # under an adapter: others are split since their weights were read, and so is the reference
+        parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     learner = make_learner(policy, parameters, options, processes, idle)
     run = Run(learner, reference, shares_vision, encoder, scorer, None, products, held_out, last_saved=resume_from)
     if resume_from:

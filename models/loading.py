@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from models import lora, weights
-from models.family import Family, ModelError
+from models.family import AtBirth, Family, ModelError
 from models.minicpm_remote import MiniCPMRemote
 from models.minicpm_v46 import MiniCPMV46, MiniCPMV47
 from models.qwen_vl import Qwen3VL, Qwen25VL
@@ -46,11 +46,12 @@ def stop_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False,
-                 quantize: str = "none") -> tuple[nn.Module, Any, Any]:
+                 quantize: str = "none", at_birth: AtBirth | None = None) -> tuple[nn.Module, Any, Any]:
     """Load (model, tokenizer, image processor) from a folder or hub name, whatever its family.
 
     trust_remote_code: allow a family to run the Python files in the model's folder. quantize "4bit" holds the language
-    model in 4 bits. Raises ModelError naming the path, and the known families when it is of none.
+    model in 4 bits. at_birth: see family.AtBirth. Raises ModelError naming the path, and the known families when it is
+    of none.
     """
     from transformers import PretrainedConfig
     from transformers.utils import logging
@@ -73,7 +74,7 @@ def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32, trust_remo
         if Path(model_path).is_dir():
             weights.check_files(Path(model_path))
         model, tokenizer, image_processor = family.load(
-            model_path, dtype, lora.four_bit(family, dtype) if quantize == "4bit" else None)
+            model_path, dtype, lora.four_bit(family, dtype) if quantize == "4bit" else None, at_birth)
     except (OSError, SafetensorError) as problem:
         raise ModelError(f"--model_path {model_path}: {problem}") from problem
     if quantize == "4bit":
@@ -90,7 +91,7 @@ def load_weights(model: nn.Module, path: str) -> None:
     with torch.no_grad():
         for name, stored in weights.stored_tensors(Path(path)):
             if name in names:
-                own[names[name]].copy_(weights.read_tensor(stored))
+                weights.fill(own[names[name]], stored)
 
 
 def fitting_names(model: nn.Module, path: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from loguru import logger
 from PIL import Image
 from torch import Tensor, nn
 
-from models.family import Family, ModelError, Prompt, shrink
+from models.family import AtBirth, Family, ModelError, Prompt, shrink
 from models.remote_code import OFF, load_remote, local_folder
 from models.weights import add_weights, read_tensor, stored_tensors
 from sheets.photos import PhotoError
@@ -44,10 +44,11 @@ class MiniCPMRemote(Family):
     vision_names = ("vpm", "resampler")
     runs_remote_code = True
 
-    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None) -> tuple[nn.Module, Any, Any]:
+    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None, at_birth: AtBirth | None = None
+             ) -> tuple[nn.Module, Any, Any]:
         """Load (model, tokenizer, processor), running the code in the folder; raises OSError when files are missing."""
         folder = local_folder(model_path)
-        model, processor = load_remote(folder, dtype, quantization)
+        model, processor = load_remote(folder, dtype, quantization, at_birth)
         tokenizer = processor.tokenizer
         missing = [name for name in _MARKERS if getattr(tokenizer, name, None) is None]
         if missing:

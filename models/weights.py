@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from models.family import ModelError
+from models.family import AtBirth, ModelError
 
 _POINTER = b"version https://git-lfs.github.com"
 _COMPANIONS = {"image processor": ("preprocessor_config.json", "processor_config.json"),
@@ -55,6 +56,21 @@ def shape_of(stored: Any) -> tuple[int, ...]:
 def read_tensor(stored: Any, rows: Any = ...) -> Tensor:
     """Read what stored_tensors gives, or some rows of it."""
     return stored[rows]
+
+
+def fill(tensor: Tensor, stored: Any) -> None:
+    """Read a stored tensor into one of its shape; of one that is split over processes, this process's rows alone."""
+    if isinstance(tensor, DTensor):
+        tensor.to_local().copy_(read_tensor(stored, own_rows(tensor)))
+    else:
+        tensor.copy_(read_tensor(stored))
+
+
+def own_rows(tensor: DTensor) -> slice:
+    """The rows that this process holds of a tensor that FSDP2 has split."""
+    each = -(-tensor.shape[0] // tensor.device_mesh.size())
+    start = min(each * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+    return slice(start, start + len(tensor.to_local()))
 
 
 @contextmanager
@@ -105,18 +121,50 @@ def add_weights(folder: Path, tensors: dict[str, Tensor], name: str) -> None:
     index.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2), encoding="utf-8")
 
 
-def load_checked(model_class: Any, path: str | Path, **options: Any) -> nn.Module:
+def load_checked(model_class: type[nn.Module], path: str | Path, at_birth: AtBirth | None, **options: Any) -> nn.Module:
     """Load a model by its class's from_pretrained, refusing weights that don't fit its config to the last tensor.
 
     transformers draws what is missing at random and says so in a table only. Raises ModelError naming the tensors.
+    at_birth: see AtBirth.
     """
-    model, report = model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    with _at_birth(model_class, at_birth):
+        model, report = model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True,
+                                                    **options)
     odd = {"missing": report["missing_keys"], "too many": report["unexpected_keys"],
            "of another shape": {name for name, *_ in report["mismatched_keys"]}}
     if any(odd.values()):
         raise ModelError(f"{path}: the weights are not those of the model in config.json: {say_odd(odd)}. Fetch the "
                          "folder anew, whole")
     return model
+
+
+def native_class(model_path: str) -> type[nn.Module]:
+    """The class that transformers has for a folder or hub name."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(AutoConfig.from_pretrained(model_path))]
+
+
+@contextmanager
+def _at_birth(model_class: type[nn.Module], work: AtBirth | None) -> Iterator[None]:
+    """Do work on each model of the class that is made inside the block, tied weights already one."""
+    init = model_class.__init__
+
+    def init_and_work(self: Any, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        for target, source in self.all_tied_weights_keys.items():
+            owner, _, name = target.rpartition(".")
+            setattr(self.get_submodule(owner), name, self.get_parameter(source))
+        with torch.device("cpu"):  # what is made from now on is not to be on meta
+            work(self)
+
+    if work is not None:
+        model_class.__init__ = init_and_work
+    try:
+        yield
+    finally:
+        model_class.__init__ = init
 
 
 def say_odd(odd: Mapping[str, Collection[str]]) -> str:

@@ -55,7 +55,7 @@ def all_on(folder):
         model_class = get_class_from_dynamic_module(config.auto_map["AutoModel"], folder)
         call_post_init(model_class)
         model_class._keys_to_ignore_on_load_unexpected = []
-        return load_checked(model_class, folder, config=config)
+        return load_checked(model_class, folder, None, config=config)
 
 
 def test_audio_and_tts_come_back_beside_the_trained_weights(trained, makers, tmp_path):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from config import TrainOptions
 from models.family import ModelError
 from models.policy import Policy
+from models.sharding import differentiating, gathered
 from rollout import Group, PromptEncoder, rollout_groups
 from sheets.samples import Sample
 
@@ -20,7 +21,8 @@ def check_on_a_product(policy: Policy, reference: Policy | None, encoder: Prompt
                        options: TrainOptions) -> None:
     """Compare the fast path with the slow one on the first product that can be rolled out."""
     for product in products:
-        groups, failures = rollout_groups(encoder, [product], 3, options.temperature, options.max_length, "guard", 1)
+        with gathered(policy):
+            groups, failures = rollout_groups(encoder, [product], 3, options.temperature, options.max_length, "guard", 1)
         if groups:
             check_fast_path(policy, reference, groups[0], options.temperature)
             return
@@ -70,11 +72,11 @@ def log_probs_and_gradient(policy: Policy, group: Group, temperature: float, pro
     parts = [slice(row, row + 1) for row in range(len(group.completions))] if exact_path else [slice(None)]
     log_probs, gradient = [], torch.zeros(())
     for part in parts:
-        with torch.set_grad_enabled(bool(probes)):
+        with torch.set_grad_enabled(bool(probes)), differentiating(policy, probes) as gradients:
             found, _ = policy.log_probs([group.prompt], group.completions[part], group.action_mask[part], temperature,
                                         exact_path=exact_path, with_entropy=False)
-        if probes:
-            own = torch.autograd.grad(found.sum(), probes)
-            gradient = gradient.to(found.device) + torch.cat([each.float().flatten() for each in own])
+            if probes:
+                own = gradients(found.sum())
+                gradient = gradient.to(found.device) + torch.cat([each.float().flatten() for each in own])
         log_probs.append(found.detach())
     return torch.cat(log_probs), gradient
