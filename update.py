@@ -57,19 +57,18 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
     """Optimise over the buffer: one optimizer step a minibatch, `epochs` passes; returns averaged metrics.
 
     A minibatch with a non-finite loss or gradient changes nothing: it is skipped in all processes, logged with its
-    rows, kept in output_dir for inspection and counted.
+    rows, kept in output_dir for inspection and counted. optimizer_steps counts those that were made.
     """
     sums: dict[str, float] = defaultdict(float)
     first: dict[str, float] = {}  # before any weight has moved: ratio 1 and no gap, or sampling and update differ
     done = skipped = 0
-    minibatches = list(buffer.minibatches(options.epochs, options.minibatch_size, f"{options.seed}/{step}"))
-    planned = learner.processes.most(len(minibatches))
-    if planned > 1 and learner.policy.dtype != torch.float32:
+    parts = learner.processes.most(buffer.parts(options.minibatch_size))  # fewer here: each is smaller, none is missing
+    minibatches = list(buffer.minibatches(options.epochs, parts, f"{options.seed}/{step}"))
+    if len(minibatches) > 1 and learner.policy.dtype != torch.float32:
         first = rescore(learner, buffer.items, options)
-    for index in range(planned):
-        minibatch = minibatches[index] if index < len(minibatches) else []
+    for index, minibatch in enumerate(minibatches):
         learner.optimizer.zero_grad(set_to_none=True)
-        metrics = backward(learner, minibatch, options, on_policy=planned == 1)
+        metrics = backward(learner, minibatch, options, on_policy=len(minibatches) == 1)
         if not metrics:
             continue
         measured = {name: metrics.pop(name) for name in ("first_ratio", "log_prob_gap")}
@@ -92,7 +91,8 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
         for name, value in (metrics | {"grad_norm": grad_norm}).items():
             sums[name] += value
     learner.optimizer.zero_grad(set_to_none=True)
-    return {name: value / done for name, value in sums.items()} | first | {"skipped_minibatches": skipped}
+    return {name: value / done for name, value in sums.items()} | first | {"optimizer_steps": done,
+                                                                           "skipped_minibatches": skipped}
 
 
 def keep_bad_batch(minibatch: Sequence[Experience], options: TrainOptions, step: int, processes: Processes) -> None:

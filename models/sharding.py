@@ -122,7 +122,7 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take on what whole_optimizer_state gave, each process its share: it may lie in a file, of which no more is read."""
+    """Take on what whole_optimizer_state gave, each process its share; no more is read of a state that is in a file."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():
         parameter = parameters[index]

@@ -22,7 +22,8 @@ def check_on_a_product(policy: Policy, reference: Policy | None, encoder: Prompt
     """Compare the fast path with the slow one on the first product that can be rolled out."""
     for product in products:
         with gathered(policy):
-            groups, failures = rollout_groups(encoder, [product], 3, options.temperature, options.max_length, "guard", 1)
+            groups, failures = rollout_groups(encoder, [product], 3, options.temperature, options.max_length, "guard",
+                                              1)
         if groups:
             check_fast_path(policy, reference, groups[0], options.temperature)
             return
