@@ -244,7 +244,7 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     encoder = PromptEncoder(policy, options.prompt_language, read_template(options.prompt_file),
                             options.prompt_cache_mb, options.max_prompt_length)
     if not options.exact_path:
-        check_on_a_product(policy, reference, encoder, products, options)
+        check_on_a_product(policy, reference, encoder, products, options, processes)
     idle = None
     if options.sharding == "fsdp" and processes.world > 1:
         idle = make_idle(policy, options.group_size, options.train_vision)

@@ -18,16 +18,21 @@ from models.policy import Policy, Root, repeated_layers
 from models.weights import own_rows
 
 
-def split(model: nn.Module, dtype: torch.dtype, root: Root | None = None) -> Root:
-    """Split a model's weights over the default process group; returns the root under which it computes from now on.
+def splitter(dtype: torch.dtype) -> Callable[..., Root]:
+    """Give a function that splits a model's weights over the default process group and returns the root under which it
+    computes from now on, a given one or a new one.
 
     dtype: that of matrix products. A model on meta reads only this process's share of its weights afterwards.
     """
     compute = torch.bfloat16 if dtype == torch.bfloat16 else None
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in repeated_layers(model):
-        fully_shard(layer, mp_policy=precision)
-    return fully_shard(root or Root(model), mp_policy=precision)
+
+    def split(model: nn.Module, root: Root | None = None) -> Root:
+        for layer in repeated_layers(model):
+            fully_shard(layer, mp_policy=precision)
+        return fully_shard(root or Root(model), mp_policy=precision)
+
+    return split
 
 
 def shard(policy: Policy) -> None:
@@ -36,7 +41,7 @@ def shard(policy: Policy) -> None:
     Does nothing to one that is split already.
     """
     if not isinstance(policy.root, FSDPModule):
-        split(policy.model, policy.dtype, policy.root)
+        splitter(policy.dtype)(policy.model, policy.root)
 
 
 @contextmanager

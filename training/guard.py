@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from config import TrainOptions
 from models.family import ModelError
 from models.policy import Policy
+from models.processes import ALONE, Processes
 from models.sharding import differentiating, gathered
 from rollout import Group, PromptEncoder, rollout_groups
 from sheets.samples import Sample
@@ -18,16 +19,20 @@ LIMITS = {torch.float32: (1e-3, 1e-2), torch.bfloat16: (0.5, 0.3)}
 
 
 def check_on_a_product(policy: Policy, reference: Policy | None, encoder: PromptEncoder, products: Sequence[Sample],
-                       options: TrainOptions) -> None:
-    """Compare the fast path with the slow one on the first product that can be rolled out."""
+                       options: TrainOptions, processes: Processes = ALONE) -> None:
+    """Compare the fast path with the slow one on the first product that can be rolled out.
+
+    Of a policy that is split, all processes call this for the same products, and pass over what one of them can't open.
+    """
     for product in products:
         with gathered(policy):
             groups, failures = rollout_groups(encoder, [product], 3, options.temperature, options.max_length, "guard",
                                               1)
-        if groups:
+        if all(processes.gather(bool(groups))):
             check_fast_path(policy, reference, groups[0], options.temperature)
             return
-        logger.warning(f"the fast path can't be checked on this product: {failures[0]}")
+        why = failures[0] if failures else "another process can't roll it out"
+        logger.warning(f"the fast path can't be checked on this product: {why}")
 
 
 def check_fast_path(policy: Policy, reference: Policy | None, group: Group, temperature: float) -> None:

@@ -17,7 +17,7 @@ from models.loading import DTYPES, freeze
 from models.lora import is_adapter, rank_of
 from models.policy import Policy, Root, load_policy
 from models.processes import ALONE, Processes
-from models.sharding import own_part, split
+from models.sharding import own_part, splitter
 from sheets.checks import count_kinds, leaks, look_over
 from sheets.fetch import download_missing
 from sheets.samples import (
@@ -103,9 +103,9 @@ def load_models(options: TrainOptions, resume_from: Path | None, processes: Proc
         policy = load_adapted(options, resume_from)
         return policy, policy.without_adapter() if options.kl_weight else None, True
     dtype = DTYPES[options.dtype]
-    shares = options.sharding == "fsdp" and processes.world > 1
+    split = splitter(dtype) if options.sharding == "fsdp" and processes.world > 1 else None
     parts = options.model_path, options, options.device, options.trust_remote_code
-    policy = load_policy(*parts, (lambda model: split(model, dtype)) if shares else None)
+    policy = load_policy(*parts, split)
     vision = [parameter for module in policy.family.vision_modules(policy.model) for parameter in module.parameters()]
     weights = str(resume_from) if resume_from else options.checkpoint_path
     same_vision = True
@@ -119,7 +119,7 @@ def load_models(options: TrainOptions, resume_from: Path | None, processes: Proc
 
     def hold(model: nn.Module) -> Root | None:
         freeze(hold_in(dtype, model, () if shares_vision else policy.family.vision_modules(model)))
-        return split(model, dtype) if shares else None
+        return split and split(model)
 
     return policy, load_policy(*parts, hold, trains=False), shares_vision
 
