@@ -46,7 +46,7 @@ from rollout import Group, PromptEncoder, rollout_groups
 from sheets.samples import DataError, Sample, products_of_step
 from training.checkpoint import find_resume, is_better, keep_best, read_best, read_state, save_checkpoint
 from training.curves import Bounds, Curves, describe, log_groups, log_held_out, log_step
-from training.guard import check_on_a_product
+from training.guard import check_fast_path
 from training.preflight import preflight
 from training.provenance import write_start, write_summary
 from training.setup import fetch_photos, load_models, load_products, set_up_log
@@ -244,7 +244,7 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     encoder = PromptEncoder(policy, options.prompt_language, read_template(options.prompt_file),
                             options.prompt_cache_mb, options.max_prompt_length)
     if not options.exact_path:
-        check_on_a_product(policy, reference, encoder, products, options, processes)
+        check_fast_path(policy, reference, shares_vision, encoder, products, options, processes)
     idle = None
     if options.sharding == "fsdp" and processes.world > 1:
         idle = make_idle(policy, options.group_size, options.train_vision)
