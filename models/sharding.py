@@ -7,6 +7,7 @@ once, not once a token.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def shard(policy: Policy) -> None:
 
     Does nothing to one that is split already.
     """
-    if not isinstance(policy.root, FSDPModule):
+    if not is_split(policy):
         splitter(policy.dtype)(policy.model, policy.root)
 
 
@@ -62,13 +63,45 @@ def gathered(policy: Policy) -> Iterator[None]:
             unit.set_reshard_after_forward(unit is not policy.root, recurse=False)
 
 
+def is_split(policy: Policy) -> bool:
+    """Whether this process holds no more than a share of the weights."""
+    return isinstance(policy.root, FSDPModule)
+
+
+@contextmanager
+def gathering_in_float32(policy: Policy) -> Iterator[None]:
+    """Gather the weights of a split policy in float32 for the time of the block, whatever they are multiplied in.
+
+    Does nothing to a policy that is not split.
+    """
+    units = [module for module in policy.root.modules() if isinstance(module, FSDPModule)]
+    groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+    policies = [group.mp_policy for group in groups]
+
+    def gather_as(precisions: Sequence[MixedPrecisionPolicy]) -> None:
+        for unit in units:
+            unit.reshard()
+        for group, precision in zip(groups, precisions, strict=True):
+            group.mp_policy = precision
+            for parameter in group.fsdp_params:  # room for whole weights is made at the first gathering and kept
+                parameter.init_dtype_attrs(precision)
+                parameter.all_gather_outputs = []
+                vars(parameter).pop("_unsharded_param", None)
+
+    gather_as([replace(precision, param_dtype=torch.float32) for precision in policies])
+    try:
+        yield
+    finally:
+        gather_as(policies)
+
+
 @contextmanager
 def differentiating(policy: Policy, parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[Tensor], list[Tensor]]]:
     """Give a function that takes a loss, computed in the block, to its whole gradients at some of the parameters.
 
     Of a policy that is split, all processes call it with the same loss; no other parameter gets a gradient.
     """
-    if not isinstance(policy.root, FSDPModule):
+    if not is_split(policy):
         yield lambda loss: list(torch.autograd.grad(loss, parameters))
         return
     wanted = {id(parameter) for parameter in parameters}

@@ -20,7 +20,7 @@ from config import TrainOptions
 from models.family import ModelError, Prompt
 from models.policy import Policy
 from models.processes import ALONE, Processes
-from models.sharding import differentiating, gathered
+from models.sharding import differentiating, gathered, gathering_in_float32, is_split
 from rollout import PromptEncoder, PromptError, RolloutFailure, draw_uniforms
 from sheets.samples import PhotoError, Sample
 
@@ -78,8 +78,9 @@ def check_fast_path(policy: Policy, reference: Policy | None, shares_vision: boo
                     products: Sequence[Sample], options: TrainOptions, processes: Processes = ALONE) -> None:
     """Compare log-probs of sampling, update and reference, and the policy's gradient, on a product of the sheet.
 
-    All processes call this together, for the same products: what is split is looked at as it is. Raises ModelError naming what differs and in which batch. The slow path takes one answer at a time, so it needs no
-    more memory than training does.
+    All processes call this together, for the same products: what is split is looked at as it is. Raises ModelError
+    naming what differs and in which batch. The slow path takes one answer at a time, so it needs no more memory than
+    training does.
     """
     begin = time.perf_counter()
     prompts = choose_prompts(encoder, products)
@@ -94,7 +95,7 @@ def check_fast_path(policy: Policy, reference: Policy | None, shares_vision: boo
     if policy.dtype == torch.float32:
         said = compare(policy, reference, trial, theirs, slow_path(policy, trial), EXACT)
     else:
-        said = compare_rounded(policy, reference, trial, theirs)
+        said = compare_rounded(policy, reference, trial, theirs, processes)
     lengths = " and ".join(str(len(prompt.input_ids)) for prompt in prompts)
     logger.info(f"fast path against one answer at a time: {said}; prompts of {lengths} tokens, "
                 f"{time.perf_counter() - begin:.1f} s")
@@ -126,9 +127,9 @@ def make_trial(policy: Policy, prompts: list[Prompt], options: TrainOptions) -> 
     return Trial(prompts, features, uniforms, answers.completions, answers.action_mask, options.temperature)
 
 
-def compare_rounded(policy: Policy, reference: Policy | None, trial: Trial, theirs: Trial) -> str:
+def compare_rounded(policy: Policy, reference: Policy | None, trial: Trial, theirs: Trial, processes: Processes) -> str:
     """Compare in float32 where that fits, and as it trains; returns the largest gaps in words."""
-    exact = compare_in_float32(policy, reference, trial, theirs)
+    exact = compare_in_float32(policy, reference, trial, theirs, processes)
     slow = slow_path(policy, trial)
     if exact is None:
         return compare(policy, reference, trial, theirs, slow, ROUNDED)
@@ -137,12 +138,12 @@ def compare_rounded(policy: Policy, reference: Policy | None, trial: Trial, thei
     return f"{said} in float32; {compare(policy, reference, trial, theirs, slow, limits)} in bfloat16"
 
 
-def compare_in_float32(policy: Policy, reference: Policy | None, trial: Trial, theirs: Trial
+def compare_in_float32(policy: Policy, reference: Policy | None, trial: Trial, theirs: Trial, processes: Processes
                        ) -> tuple[str, Scored] | None:
     """Compare in float32; returns the largest gaps in words and what the slow path gave, None where it does not fit."""
     four_bits = getattr(policy.model, "is_loaded_in_4bit", False)
     try:
-        if not four_bits:
+        if not four_bits and all(processes.gather(has_room(policy))):
             with in_float32(policy) as wide, in_float32(reference) as wide_reference:
                 slow = slow_path(wide, trial)
                 return compare(wide, wide_reference, trial, theirs, slow, EXACT), joined(slow)
@@ -158,6 +159,14 @@ def compare_in_float32(policy: Policy, reference: Policy | None, trial: Trial, t
     return None
 
 
+def has_room(policy: Policy) -> bool:
+    """Whether the GPU holds all weights of a split policy in float32 too: no process alone could back out of that."""
+    if not is_split(policy) or policy.device.type != "cuda":
+        return True
+    wanted = 4 * sum(parameter.numel() for parameter in policy.model.parameters())
+    return torch.cuda.mem_get_info(policy.device)[0] > 1.2 * wanted
+
+
 @contextmanager
 def in_float32(policy: Policy | None) -> Iterator[Policy | None]:
     """The same policy computing in float32: what its language model holds in bfloat16 is widened for the time."""
@@ -167,11 +176,12 @@ def in_float32(policy: Policy | None) -> Iterator[Policy | None]:
     wide = copy.copy(policy)
     wide.dtype = torch.float32
     held = {parameter for part in (policy.family.language_model(policy.model), policy.family.head(policy.model))
-            for parameter in part.parameters() if parameter.dtype == torch.bfloat16}
+            for parameter in part.parameters() if parameter.dtype == torch.bfloat16 and not is_split(policy)}
     try:
         for parameter in held:
             parameter.data = parameter.data.float()
-        yield wide
+        with gathering_in_float32(policy):
+            yield wide
     finally:
         for parameter in held:
             parameter.data = parameter.data.bfloat16()  # to the bit what it was
