@@ -100,8 +100,8 @@ def fitting_names(model: nn.Module, path: str) -> dict[str, str]:
     Raises ModelError when the file can't be read or does not fit, naming the tensors that differ.
     """
     if lora.is_adapter(path):
-        raise ModelError(f"{path}: an adapter, not a model's weights: train it with --lora_rank, or merge it with "
-                         "python export.py")
+        raise ModelError(f"{path}: an adapter, not a model's weights: train it on with train_vlm_parallel.py "
+                         "--lora_rank, or merge it with python export.py")
     off = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()  # parts that this program leaves out
     shapes = {name: weights.shape_of(stored) for name, stored in weights.stored_tensors(Path(path))
               if not any(re.search(pattern, name) for pattern in off)}

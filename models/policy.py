@@ -31,6 +31,7 @@ from models.loading import (
     load_weights,
     stop_token_ids,
 )
+from models.memory import PassSize
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class Policy:
         self.image_processor = image_processor
         self.family = family_of(model.config.model_type)
         if max_slice_nums is not None and not self.family.cuts_slices:
-            raise ModelError(f"--max_slice_nums {max_slice_nums}: {model.config.model_type} does not cut photos into "
-                             "slices; bound them with --max_pixels instead")
+            raise ModelError(f"max_slice_nums {max_slice_nums}: {model.config.model_type} does not cut photos into "
+                             "slices; bound them with max_pixels instead")
         self.dtype = dtype
         self.max_slice_nums = max_slice_nums
         self.max_pixels = max_pixels
@@ -113,6 +114,7 @@ class Policy:
         self.stop_ids = torch.tensor(stop_token_ids(model, tokenizer), device=self.device)
         self.adapter: Any = None  # peft's wrapper around the model, when low-rank adapters are in it
         self._adapter_off = False
+        self.sampled_together = PassSize()
 
     def add_adapter(self, rank: int, alpha: int | None, base_path: str) -> None:
         """Put a new adapter on every linear layer of the language model; alpha None: 2 * rank."""

@@ -21,6 +21,7 @@ from models.sharding import own_part, splitter
 from sheets.checks import count_kinds, leaks, look_over
 from sheets.fetch import download_missing
 from sheets.samples import (
+    WITHOUT_PHOTOS,
     DataError,
     RowProblem,
     Sample,
@@ -78,7 +79,7 @@ def read_sheet(path: str, options: TrainOptions, reading: SheetOptions) -> list[
     logger.info(f"{path}: {len(samples)} products, {count_photos(samples, problems)}; {describe_labels(samples)}")
     if samples and problems:
         logger.warning(f"{path}: rows with problems\n{summarise_problems(problems)}")
-    require_usable(samples, problems, path, options.image_cache_dir)
+    require_usable(samples, problems, path, options.image_cache_dir, WITHOUT_PHOTOS)
     obey_bad_rows(problems, path, options.on_bad_row)
     log_findings(path, look_over(samples))
     return samples
@@ -118,13 +119,15 @@ def load_models(options: TrainOptions, resume_from: Path | None, processes: Proc
     shares_vision = not options.train_vision and all(processes.gather(same_vision))
 
     def hold(model: nn.Module) -> Root | None:
-        freeze(hold_in(dtype, model, () if shares_vision else policy.family.vision_modules(model)))
+        hold_in(dtype, model, () if shares_vision else policy.family.vision_modules(model))
         return split and split(model)
 
-    return policy, load_policy(*parts, hold, trains=False), shares_vision
+    reference = load_policy(*parts, hold, trains=False)
+    freeze(reference.model)
+    return policy, reference, shares_vision
 
 
-def hold_in(dtype: torch.dtype, model: nn.Module, spared: Sequence[nn.Module]) -> nn.Module:
+def hold_in(dtype: torch.dtype, model: nn.Module, spared: Sequence[nn.Module]) -> None:
     """Hold a frozen model's matrices in the dtype that they are multiplied in; it computes what the policy does.
 
     Autocast rounds the policy's matrices to it as well, but neither vectors nor the sums between layers. Spared modules
@@ -134,7 +137,6 @@ def hold_in(dtype: torch.dtype, model: nn.Module, spared: Sequence[nn.Module]) -
     for parameter in model.parameters():
         if parameter.dim() >= 2 and id(parameter) not in kept:
             parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def load_adapted(options: TrainOptions, resume_from: Path | None) -> Policy:
