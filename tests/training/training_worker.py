@@ -2,13 +2,16 @@
 test_two_processes.py: training_worker.py FOLDER, with a shop in it."""
 
 import faulthandler
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["HF_MODULES_CACHE"] = os.environ.get("HF_MODULES_CACHE", "modules") + os.environ.get("RANK", "")
 
+import split_loading  # noqa: E402
 import split_policies  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -178,6 +181,9 @@ def main(folder):
     logger.remove()
     training.train(settings(folder, folder / "undisturbed", 2))
     training.train(replace(settings(folder, folder / "killed", 2), resume="auto"))
+    split_loading.memory(folder / "large", train_options(folder, folder))
+    for kind in split_loading.KINDS:
+        split_loading.compare(kind, folder / "read" / kind)
     with float64():
         for case in split_policies.CASES:
             split_policies.compare(*case)
