@@ -307,6 +307,9 @@ class ExportOptions(SheetOptions):
     data_path: str | None = option(None, "a sheet with products to compare answers on; default: the training sheet")
     image_cache_dir: str | None = option(None, "folder with its photos; default: that of the training run")
     num_products: int = option(4, "products answered by the checkpoint and by what was written", within="(0, inf)")
+    keep_audio: bool = option(
+        False, "MiniCPM-o: write the makers' audio and TTS weights back beside the trained ones, for those of their "
+               "programs that want them even where nobody speaks")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
     num_threads: int | None = option(None, "CPU threads for torch", within="(0, inf)")
 

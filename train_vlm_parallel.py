@@ -37,7 +37,7 @@ from ground.options import write_options
 from loss import group_advantages
 from models.policy import Policy
 from models.processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
-from models.sharding import gathered, load_optimizer_state, shard_all, whole_optimizer_state, whole_weights
+from models.sharding import gathered, load_optimizer_state, shard, whole_optimizer_state, whole_weights
 from models.trainable import parameter_table, set_trainable
 from own_reward import Scorer
 from prompts import read_template
@@ -96,6 +96,7 @@ def train(options: TrainOptions) -> Path | None:
     bar = tqdm(total=options.max_steps * per_step, initial=run.start * per_step, unit="product",
                disable=None if run.processes.main else True, dynamic_ncols=True)
     bounds = Bounds(options, run.first)
+    sampled = run.start >= options.max_steps  # nothing left to do is no failure
     with interruptible() as interruption:
         for step in range(run.start, options.max_steps):
             seconds: dict[str, float] = defaultdict(float)
@@ -114,6 +115,7 @@ def train(options: TrainOptions) -> Path | None:
                 set_learning_rate(run.learner.optimizer, rate)
                 metrics = update(run.learner, buffer, options, step)
             metrics |= describe(groups, failures, run.processes) | {"lr": rate}
+            sampled = sampled or "returns" in metrics
             count_bad_step(run, metrics, step + 1)
             if run.writer:
                 log_step(run.writer, step + 1, options.max_steps, metrics, seconds)
@@ -123,6 +125,9 @@ def train(options: TrainOptions) -> Path | None:
             if finish_step(run, options, step + 1, interruption):
                 break
     bar.close()
+    if not sampled:
+        raise BadRun("no product could be rolled out in any step, so nothing was learnt (see the warnings above); "
+                     "python check_data.py shows what is wrong with a sheet")
     if run.writer:
         close(run, options)
     return run.last_saved
@@ -233,17 +238,18 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     scorer = Scorer(options.reward)
     logger.info(scorer.check(products[0]))
     resume_from = processes.once(lambda: find_resume(options), OptionError)
-    policy, reference, shares_vision = load_models(options, resume_from)
+    policy, reference, shares_vision = load_models(options, resume_from, processes)
     parameters = set_trainable(policy, options.train_vision)
     logger.info(f"what trains:\n{parameter_table(policy)}")
     encoder = PromptEncoder(policy, options.prompt_language, read_template(options.prompt_file),
                             options.prompt_cache_mb, options.max_prompt_length)
-    if not options.exact_path:  # before weights are split: it wants them whole
-        check_fast_path(policy, reference, shares_vision, encoder, products, options)
+    if not options.exact_path:
+        check_fast_path(policy, reference, shares_vision, encoder, products, options, processes)
     idle = None
     if options.sharding == "fsdp" and processes.world > 1:
         idle = make_idle(policy, options.group_size, options.train_vision)
-        parameters = shard_all(policy, reference)
+        shard(policy)  # under an adapter: others are split since their weights were read, and so is the reference
+        parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     learner = make_learner(policy, parameters, options, processes, idle)
     run = Run(learner, reference, shares_vision, encoder, scorer, None, products, held_out, last_saved=resume_from)
     if resume_from:

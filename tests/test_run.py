@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import run as comparing
 import train_vlm_parallel as training
@@ -30,8 +31,8 @@ def trained(shop, tmp_path_factory):
 
 
 def compare(checkpoint, folder, **changes):
-    options = CompareOptions(checkpoint_path=str(checkpoint), output_dir=str(folder), device="cpu",
-                             **{"num_samples": 2, **changes})
+    options = CompareOptions(output_dir=str(folder), device="cpu",
+                             **{"checkpoint_path": str(checkpoint), "num_samples": 2, **changes})
     check_options(options)
     comparing.main(options)
     return json.loads((folder / "compare.json").read_text())
@@ -47,6 +48,21 @@ def test_several_models_side_by_side(trained, shop, tmp_path):
     assert model == before != after
     assert "no options.yaml" in report["models"][3]["notes"][0]
     assert "step_000001" in (tmp_path / "compare.html").read_text()
+
+
+def test_weights_that_do_not_fit_are_refused_before_any_model_answers(trained, shop, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "answer", lambda *_: pytest.fail("a model has answered"))
+    before = load_file(shop / "model" / "model.safetensors")
+    torch.save({name: tensor for name, tensor in before.items() if "norm" not in name}, tmp_path / "model_step9.pt")
+    damaged = shutil.copytree(trained, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"")
+    for changes, said in (({"checkpoint_path": str(tmp_path / "model_step9.pt"), "model_path": str(shop / "model"),
+                            "data_path": str(shop / "data.xlsx"), "image_cache_dir": str(shop / "photos")},
+                           "model_step9.pt: these weights are of another model: missing: .*norm"),
+                          ({"also": [str(damaged)]}, "damaged/model.safetensors"),
+                          ({"also": [str(tmp_path / "model_step9.pt")]}, "model_step9.pt: these weights")):
+        with pytest.raises(UserError, match=said):
+            compare(trained, tmp_path, **changes)
 
 
 def test_another_checkpoint_answers_with_its_own_options(trained, tmp_path):

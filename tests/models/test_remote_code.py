@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from loguru import logger
+from safetensors.torch import load_file, save_file
 from transformers import dynamic_module_utils
 from transformers.utils import is_torchvision_available
 
@@ -23,6 +24,7 @@ from models.loading import load_minicpm, load_weights
 from models.policy import Policy
 from replay_buffer import Experience, ReplayBuffer
 from rollout import draw_uniforms
+from sheets.photos import PhotoError
 from standin_minicpm import build, edit, write_standin, write_weights
 from test_layout import FLOORS, path_of
 from tiny import noise_photo
@@ -95,13 +97,18 @@ def test_position_table_is_rebuilt_and_checked(remote_policy, standin):
 
 
 def test_a_folder_without_its_code_or_parts_is_refused(standin, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "minicpmv"}')
-    with pytest.raises(ModelError, match="auto_map"):
-        load_minicpm(str(tmp_path), trust_remote_code=True)
     folder = tmp_path / "model"
     shutil.copytree(standin, folder)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text('{"model_type": "minicpmv"}')
+    with pytest.raises(ModelError, match="auto_map"):
+        load_minicpm(str(folder), trust_remote_code=True)
+    (folder / "config.json").write_text(config)
     code = (folder / "modeling_minicpmo.py").read_text()
     (folder / "modeling_minicpmo.py").write_text(code.replace("self.resampler", "self.bridge"))
+    state = load_file(folder / "model.safetensors")
+    save_file({name.replace("resampler.", "bridge."): tensor for name, tensor in state.items()},
+              folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="no resampler"):
         load_minicpm(str(folder), trust_remote_code=True)
 
@@ -166,7 +173,7 @@ def test_a_photo_that_the_processor_loses_is_an_error(remote_policy):
         return whole([text.replace("(<image>./</image>)", "", 1) for text in texts], [photos[0][1:]], **options)
 
     remote_policy.image_processor = replace(remote_policy.image_processor, processor=forgetful)
-    with pytest.raises(ModelError, match="1 spans for 2 photos"):
+    with pytest.raises(PhotoError, match="1 spans for 2 photos"):
         remote_policy.encode_prompt("box", [noise_photo(1), noise_photo(2)])
 
 

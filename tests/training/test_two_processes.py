@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import split_loading
 import split_policies
 import torch
 from kill_at_random import kill_a_run, same
@@ -49,6 +50,13 @@ def folder(tmp_path_factory, tokenizer, image_processor):
 def test_split_policies_compute_what_whole_ones_do(folder):
     """The same tokens, log-probs and gradients: compared in both processes, by split_policies.py."""
     assert (folder / "said.txt").read_text().count("equal") == 2 * len(split_policies.CASES)
+
+
+def test_each_process_reads_its_share(folder):
+    """The weights to the bit, and the memory that it takes: compared in both processes, by split_loading.py."""
+    said = (folder / "said.txt").read_text()
+    assert said.count("read alike") == 2 * len(split_loading.KINDS)
+    assert said.count("of the weights") in (0, 2 * 3)  # where memory can be looked at
 
 
 def last_weights(folder, name, batch_size):

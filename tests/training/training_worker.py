@@ -2,6 +2,7 @@
 test_two_processes.py: training_worker.py FOLDER, with a shop in it."""
 
 import faulthandler
+import os
 import sys
 import time
 from dataclasses import replace
@@ -9,12 +10,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["HF_MODULES_CACHE"] = os.environ.get("HF_MODULES_CACHE", "modules") + os.environ.get("RANK", "")
 
 from ground.commands import import_for_good  # noqa: E402
 
 if __name__ == "__main__":
     import_for_good("rounding")  # and with it nearly everything
 
+import split_loading  # noqa: E402
 import split_policies  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -197,6 +200,9 @@ def main(folder):
     logger.remove()
     training.train(settings(folder, folder / "undisturbed", 2, STEPS))
     training.train(replace(settings(folder, folder / "killed", 2, STEPS), resume="auto"))
+    split_loading.memory(folder / "large", train_options(folder, folder))
+    for kind in split_loading.KINDS:
+        split_loading.compare(kind, folder / "read" / kind)
     with float64():
         for case in split_policies.CASES:
             split_policies.compare(*case)
