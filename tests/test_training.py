@@ -359,6 +359,18 @@ def test_the_first_ratio_is_against_sampling(shop, tmp_path):
     assert metrics["ratio"] == 1 and metrics["first_ratio"] == pytest.approx(math.exp(0.5), rel=0.05)
 
 
+def test_the_vision_of_other_weights_is_not_shared(shop, tmp_path):
+    state = weights(shop / "model")
+    torch.save({name: tensor + 1 if "merger" in name else tensor for name, tensor in state.items()},
+               tmp_path / "model_step1.pt")
+    options = train_options(shop, tmp_path, checkpoint_path=str(tmp_path / "model_step1.pt"))
+    policy, reference, shares_vision = training.load_models(options, None)
+    name = next(name for name in state if "merger" in name)
+    assert not shares_vision and torch.equal(reference.model.state_dict()[name], state[name])
+    assert torch.equal(policy.model.state_dict()[name], state[name] + 1)
+    assert not any(parameter.requires_grad for parameter in reference.model.parameters())
+
+
 def test_starting_from_other_weights_keeps_the_reference(shop, tmp_path):
     first = training.train(train_options(shop, tmp_path / "a", max_steps=2, lr=1e-2, eval_every=0))
     options = train_options(shop, tmp_path / "b", max_steps=1, eval_every=0, checkpoint_path=str(first))

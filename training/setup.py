@@ -13,7 +13,7 @@ from config import SheetOptions, TrainOptions
 from ground.commands import TIMED, log_to_console
 from ground.errors import OptionError
 from ground.options import held_out_sheet
-from models.loading import DTYPES, freeze
+from models.loading import DTYPES, freeze, load_weights
 from models.lora import is_adapter, rank_of
 from models.policy import Policy, Root, load_policy
 from models.processes import ALONE, Processes
@@ -112,7 +112,7 @@ def load_models(options: TrainOptions, resume_from: Path | None, processes: Proc
     same_vision = True
     if weights:
         before = [own_part(parameter).clone() for parameter in vision]
-        policy.load_weights(weights)
+        load_weights(policy.model, weights)
         same_vision = all(torch.equal(own_part(now), then) for now, then in zip(vision, before, strict=True))
     if not options.kl_weight:
         return policy, None, False

@@ -104,6 +104,26 @@ def test_folders_that_are_not_whole_are_refused_by_file(folder, spoil, said):
         load(folder)
 
 
+def test_each_weight_is_read_in_the_dtype_that_it_is_left_in_at_birth(whole):
+    def hold(model):
+        assert all(parameter.is_meta for parameter in model.parameters())
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.data = parameter.data.bfloat16()
+
+    plain, _, _ = load(whole)
+    held, _, _ = load_minicpm(str(whole), trust_remote_code=True, at_birth=hold)
+    again, _, _ = load(whole)
+    for (name, wanted), found, last in zip(plain.state_dict().items(), held.state_dict().values(),
+                                           again.state_dict().values(), strict=True):
+        assert found.dtype == (torch.bfloat16 if wanted.dim() >= 2 else torch.float32), name
+        assert torch.equal(found, wanted.to(found.dtype)) and torch.equal(last, wanted), name
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in
+               zip(plain.buffers(), held.buffers(), strict=True))
+    for target, source in plain.all_tied_weights_keys.items():
+        assert held.get_parameter(target) is held.get_parameter(source)
+
+
 def test_weights_saved_from_data_parallel_are_read(dense_policy, tmp_path):
     wanted = {name: tensor + 1 for name, tensor in dense_policy.model.state_dict().items()}
     for zipped in (True, False):

@@ -59,6 +59,10 @@ def test_each_process_reads_its_share(folder):
     assert said.count("of the weights") in (0, 2 * 3)  # where memory can be looked at
 
 
+def test_a_fault_in_what_is_split_is_caught_in_both_dtypes(folder):
+    assert (folder / "said.txt").read_text().count("a fault is caught") == 2 * 2
+
+
 def last_weights(folder, name, batch_size):
     run = folder / name / str(batch_size) / "step_000003"
     return load_file(next(run.glob("*model.safetensors")))

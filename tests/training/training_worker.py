@@ -30,6 +30,8 @@ import train_vlm_parallel as training  # noqa: E402
 import update  # noqa: E402
 from config import TrainOptions  # noqa: E402
 from ground.options import parse_options  # noqa: E402
+from models import shared_prefix  # noqa: E402
+from models.family import ModelError  # noqa: E402
 from models.sharding import whole  # noqa: E402
 from rounding import float64  # noqa: E402
 from runs import train_options  # noqa: E402
@@ -175,6 +177,26 @@ def planted_nan(folder, sharding):
     assert (Path(options.output_dir) / f"bad_batch_step_000001_process_{dist.get_rank()}.pt").is_file()
 
 
+def guard_what_is_split(folder):
+    """Positions late by one are caught in both processes, in bfloat16 too: weights are gathered in float32 for that."""
+    good = shared_prefix.lay_out_groups
+
+    def late(*args):
+        layout = good(*args)
+        return replace(layout, answers=replace(layout.answers, offsets=layout.answers.offsets + 1))
+
+    for dtype in ("float32", "bfloat16"):
+        options = options_of_case(folder, "fsdp, full, hybrid", 2, dtype=dtype, output_dir=str(folder / "guard"))
+        shared_prefix.lay_out_groups = late
+        try:
+            training.prepare(options, training.join("cpu"))
+        except ModelError as problem:
+            assert "updated log-probs" in str(problem), problem
+            print(f"{dtype}: a fault is caught", flush=True)
+        shared_prefix.lay_out_groups = good
+        training.prepare(options, training.join("cpu"))
+
+
 def local(value):
     return value.to_local() if hasattr(value, "to_local") else value
 
@@ -206,6 +228,7 @@ def main(folder):
     with float64():
         for case in split_policies.CASES:
             split_policies.compare(*case)
+    guard_what_is_split(folder)
     give_worth()
     rows = watch_products()
     with float64():
