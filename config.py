@@ -255,6 +255,7 @@ class AnswerOptions(SheetOptions):
     trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
     text: str | None = option(None, "the product's text")
     image: list[str] = option([], "a photo's path or address; repeat for up to five")
+    allow_private: bool = option(False, "fetch a photo from private, loopback and link-local addresses too")
     label: str | None = option(None, "the true size, if known: prints the reward")
     data_path: str | None = option(None, "a sheet instead of one product")
     image_cache_dir: str | None = option(None, "folder with photos by address; default: as in training")

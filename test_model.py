@@ -15,7 +15,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
     start(AnswerOptions, "Try one model on one product, or on a sheet.")
 
 import hashlib
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,14 +23,14 @@ from typing import Any
 import torch
 from loguru import logger
 
-from config import AnswerOptions, SheetOptions, TrainOptions
+from config import AnswerOptions, FetchOptions, SheetOptions, TrainOptions
 from evidence.evaluation import in_chunks
 from evidence.journal import Journal, weights_of
 from evidence.report import answer_line, sizes_text, write_sheet
-from ground.files import whole_file
 from ground.options import sheet_options
 from reward import RewardParts
 from sheets.columns import header_rows
+from sheets.fetch import fetch, make_session
 from sheets.samples import (
     DataError,
     PhotoError,
@@ -44,8 +43,6 @@ from sheets.samples import (
 from sheets.table import read_table
 from sizes.labels import parse_label
 from training.trained import TrainedModel, asked_otherwise, open_trained, options_of, scorer_of
-
-_SECONDS, _LARGEST_PHOTO = 20, 30_000_000  # bytes
 
 
 def open_model(options: AnswerOptions) -> TrainedModel:
@@ -69,7 +66,8 @@ def answer_product(options: AnswerOptions) -> None:
             raise PhotoError(f"--image {path}: no such file")
     model = open_model(options)
     cache = Path(options.image_cache_dir or model.options.image_cache_dir)
-    photos = tuple(fetch_photo(path, cache) if _is_address(path) else Path(path) for path in options.image)
+    photos = tuple(fetch_photo(path, cache, options.allow_private) if _is_address(path) else Path(path)
+                   for path in options.image)
     sample = Sample(row=1, product_id="-", text=str(options.text), label=label, photos=photos, sheet="command line")
     records, failures = model.answer(model.encoder(), [sample], options.num_samples, options.seed,
                                      greedy=options.num_samples == 1)
@@ -87,21 +85,16 @@ def _is_address(path: str) -> bool:
     return path.startswith(("http://", "https://"))
 
 
-def fetch_photo(address: str, cache_dir: Path) -> Path:
+def fetch_photo(address: str, cache_dir: Path, allow_private: bool = False) -> Path:
     """Find a photo in the cache, or fetch it into it; raises PhotoError naming the address."""
     path = cached_photo_path(address, cache_dir)
-    if path.is_file():
-        return path
-    try:
-        with urllib.request.urlopen(address, timeout=_SECONDS) as answer:
-            content = answer.read(_LARGEST_PHOTO + 1)
-    except (OSError, ValueError) as problem:
-        raise PhotoError(f"--image {address}: can't be fetched: {problem}") from problem
-    if len(content) > _LARGEST_PHOTO:
-        raise PhotoError(f"--image {address}: larger than {_LARGEST_PHOTO:,} bytes")
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        partial.write_bytes(content)
+    if not path.is_file():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        options = FetchOptions(retries=1, allow_private=allow_private)
+        with make_session(options) as session:
+            found = fetch(session, address, cache_dir, options)
+        if found.reason:
+            raise PhotoError(f"--image {address}: can't be fetched: {found.reason}")
     return path
 
 

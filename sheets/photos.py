@@ -7,6 +7,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -34,17 +35,33 @@ def open_photo(path: str | Path) -> Image.Image:
 
     Raises PhotoError with the reason: empty, a web page, no picture, truncated, damaged or too large.
     """
+    with _opened(path) as opened:
+        opened.draft(None, (LARGEST_SIDE, LARGEST_SIDE))  # a large JPEG is decoded small
+        _refuse_by_pixels(opened, _MOST_PIXELS)
+        return _as_rgb(ImageOps.exif_transpose(opened))
+
+
+def check_photo(path: str | Path, most_pixels: int) -> None:
+    """Look at a photo file's head: raises PhotoError where it is none or has more pixels; decodes nothing."""
+    with _opened(path) as opened:
+        _refuse_by_pixels(opened, most_pixels)
+
+
+def _refuse_by_pixels(opened: Image.Image, most_pixels: int) -> None:
+    if opened.width * opened.height > most_pixels:
+        raise PhotoError(f"it is too large: {opened.width} x {opened.height} pixels, at most {most_pixels:,} in all")
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """Open a photo file; whatever Pillow raises in the block becomes a PhotoError with the reason."""
     Image.init()  # so that every format is known
     _refuse_by_size(Path(path))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large photos are scaled down below; damaged tags are not needed
+            warnings.simplefilter("ignore")  # large photos are scaled down; damaged tags are not needed
             with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as opened:
-                opened.draft(None, (LARGEST_SIDE, LARGEST_SIDE))  # a large JPEG is decoded small
-                if opened.width * opened.height > _MOST_PIXELS:
-                    raise PhotoError(f"it is too large: {opened.width} x {opened.height} pixels")
-                photo = ImageOps.exif_transpose(opened)
-            return _as_rgb(photo)
+                yield opened
     except PhotoError:
         raise
     except UnidentifiedImageError:

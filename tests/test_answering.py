@@ -144,14 +144,16 @@ def address():
 
 def test_one_product_with_a_photo_by_address(shop, tmp_path, address, capsys):
     options = options_for(shop, tmp_path, data_path=None, text="box 1", image=[f"{address}/photo.png?w=9"],
-                          image_cache_dir=str(tmp_path / "cache"), label="12 8 15", num_samples=3)
+                          image_cache_dir=str(tmp_path / "cache"), label="12 8 15", num_samples=3,
+                          allow_private=True)
     answering.main(options)
     said = capsys.readouterr().out
     assert "answer:" in said and "reward:" in said and "of 3 answers" in said
     assert cached_photo_path(f"{address}/photo.png?w=9", tmp_path / "cache").is_file()
-    for wrong, why in ((f"{address}/gone.png", "404"), ("http://127.0.0.1:1/x.png", "fetched")):
+    for wrong, why, private in ((f"{address}/gone.png", "404", True), ("http://127.0.0.1:1/x.png", "fetched", True),
+                                (f"{address}/photo.png", "127.0.0.1, on a private network", False)):
         with pytest.raises(PhotoError, match=why):
-            answering.fetch_photo(wrong, tmp_path / "cache")
+            answering.fetch_photo(wrong, tmp_path / "cache", allow_private=private)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
