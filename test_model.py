@@ -3,9 +3,9 @@
     python test_model.py --model_path demo/model --text "mug, grid 5 cm" --image front.png --image side.png
     python test_model.py --model_path outputs/demo/step_000420 --data_path demo/held_out.xlsx --accept_at 0.93
 
-A checkpoint brings the prompt, photo budget and sampling it was trained with; an adapter brings the model under it. A
-sheet comes back with every row of it, in its order; a run that is killed goes on where it stopped when it is started
-again.
+A checkpoint brings the prompt, photo budget and sampling it was trained with; an adapter brings the model under it. The
+same text and photos are answered alike wherever they stand: alone, in any row of any sheet. A sheet comes back with
+every row of it, in its order; a run that is killed goes on where it stopped when it is started again.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
@@ -36,12 +36,14 @@ from sheets.samples import (
     PhotoError,
     Sample,
     cached_photo_path,
+    known_by_content,
     load_samples,
     require_usable,
     summarise_problems,
 )
 from sheets.table import read_table
 from sizes.labels import parse_label
+from sizes.texts import as_seen
 from training.trained import TrainedModel, asked_otherwise, open_trained, options_of, scorer_of
 
 
@@ -68,8 +70,9 @@ def answer_product(options: AnswerOptions) -> None:
     cache = Path(options.image_cache_dir or model.options.image_cache_dir)
     photos = tuple(fetch_photo(path, cache, options.allow_private) if _is_address(path) else Path(path)
                    for path in options.image)
-    sample = Sample(row=1, product_id="-", text=str(options.text), label=label, photos=photos, sheet="command line")
-    records, failures = model.answer(model.encoder(), [sample], options.num_samples, options.seed,
+    sample = Sample(row=1, product_id="-", text=as_seen(str(options.text).strip()), label=label, photos=photos,
+                    sheet="command line")
+    records, failures = model.answer(model.encoder(), [known_by_content(sample)], options.num_samples, options.seed,
                                      greedy=options.num_samples == 1)
     if failures:
         raise DataError(failures[0].reason)
@@ -141,7 +144,7 @@ def answer_sheet(options: AnswerOptions) -> None:
 def answer_rest(model: TrainedModel, samples: Sequence[Sample], journal: Journal, options: AnswerOptions) -> None:
     """Answer the products that the journal lacks, noting each few of them as they are done."""
     encoder = model.encoder()
-    rest = [sample for sample in samples if sample.row not in journal.done]
+    rest = [known_by_content(sample) for sample in samples if sample.row not in journal.done]
     for chunk in in_chunks(encoder, rest, options.eval_batch_size, "answering", len(samples) - len(rest)):
         records, failures = model.answer(encoder, chunk, options.num_samples, options.seed,
                                          greedy=options.num_samples == 1)

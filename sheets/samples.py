@@ -21,7 +21,7 @@ from config import MissingPhotos, PartialLabels, SheetOptions
 from sheets.addresses import PICTURE
 from sheets.cells import DataError
 from sheets.columns import ProductRow, read_sheet
-from sheets.photos import PhotoError, open_photos
+from sheets.photos import PhotoError, content_key, open_photos
 from sizes.labels import Label, LabelError, parse_label
 from sizes.texts import as_seen
 
@@ -48,6 +48,12 @@ class Sample:
     missing_photos: MissingPhotos = "drop_row"  # what to do when one of them turns out to be broken
     written_label: str = ""  # as it stands in the sheet
     category: str = ""
+    content: str = ""  # a hash of text and photos, where it is known by these and not by sheet and row
+
+    @property
+    def key(self) -> str:
+        """What prepared prompts and random numbers go by."""
+        return self.content or f"{self.sheet}/{self.row}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,13 @@ def find_cached_photo(address: str, cache_dir: str | Path) -> str | None:
             if older != path and os.path.isfile(older):
                 return older
     return None
+
+
+def known_by_content(sample: Sample) -> Sample:
+    """Let a sample be known by its text and the bytes of its photos: it is then answered alike wherever it stands."""
+    parts = [hashlib.sha256(sample.text.encode("utf-8", "surrogatepass")).hexdigest(),
+             *(content_key(path) for path in sample.photos)]
+    return replace(sample, content=hashlib.sha256("/".join(parts).encode("utf-8", "surrogateescape")).hexdigest())
 
 
 def load_photos(sample: Sample) -> list[Image.Image]:

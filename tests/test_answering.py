@@ -78,6 +78,22 @@ def test_300_rows_killed_and_resumed(shop, tmp_path):
     assert not journal.exists()
 
 
+def test_the_same_product_is_answered_alike_in_any_row_and_alone(shop, tmp_path, capsys):
+    one, other = sorted((shop / "photos").iterdir())[:2]
+    copy = shutil.copy(one, tmp_path / "copy.png")
+    write_sheet(tmp_path / "twice.xlsx", {"t": [
+        {"text": "box 1", "sku_img": str(one)}, {"text": "box 1", "sku_img": str(other)}, {"text": "box 2"},
+        {"text": "<b>box 1</b>", "sku_img": str(copy)}]})
+    with float64():
+        answering.main(options_for(shop, tmp_path, data_path=str(tmp_path / "twice.xlsx"), num_samples=3))
+        capsys.readouterr()
+        answering.main(options_for(shop, tmp_path, data_path=None, text="box 1", image=[str(copy)], num_samples=3))
+    sheet = sheet_of(tmp_path / "out.xlsx")
+    answers, sure = sheet["answer"].tolist(), float(sheet["confidence"].tolist()[0])
+    assert answers[0] == answers[3] and answers[0] not in answers[1:3]
+    assert f"confidence: {sure:.3f}" in capsys.readouterr().out and 0 < sure < 1
+
+
 def test_the_sheet_keeps_its_own_columns(shop, tmp_path, capsys):
     write_sheet(tmp_path / "own.xlsx", {"t": [
         {"answer": "theirs", "text": "box 1", "": "unnamed", "label": "12 8 15"},
