@@ -109,9 +109,10 @@ def _as_rgb(photo: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo).convert("RGB")
 
 
-def open_photos(paths: Sequence[str | Path]) -> list[tuple[str | Path, Image.Image | PhotoError]]:
+def open_photos(paths: Sequence[str | Path], at_once: int = _WORKERS
+                ) -> list[tuple[str | Path, Image.Image | PhotoError]]:
     """Decode photos in worker threads, in order: path and picture, or the reason why not; equal files come once."""
-    workers = _workers()
+    workers = _workers(at_once)
     distinct: dict[str, str | Path] = {}
     for path, content in zip(paths, workers.map(content_key, paths), strict=True):
         distinct.setdefault(content, path)
@@ -164,5 +165,5 @@ def _examine(path: str) -> tuple[str, str, int | None, str]:
 
 
 @cache
-def _workers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_WORKERS, thread_name_prefix="photo")
+def _workers(count: int = _WORKERS) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="photo")
