@@ -34,7 +34,7 @@ from ground.errors import OptionError
 from ground.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-READY_FILE = "ready"  # in state_dir: how the service is, for run.sh
+READY_FILE = "ready"  # in state_dir: how the service is and where, for run.sh
 _SPARE_SECONDS = 5  # that what was refused at the end of the drain has to be told
 _LOOK_EVERY = 0.2  # seconds
 
@@ -44,7 +44,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service, state: Path):
         super().__init__(config)
-        self._service, self._state = service, state
+        self._service, self._state = service, state  # the file
         self.hopeless = ""  # why no model can be opened
 
     def handle_exit(self, sig: int, frame: Any) -> None:
@@ -59,7 +59,7 @@ class Server(uvicorn.Server):
         while True:
             status = self._service.health()["status"]
             if status != written and self.started:
-                write_text(self._state, status + "\n")
+                write_text(self._state, f"{status}: {address_of(self.servers[0].sockets[0])}\n")
                 written = status
             if all(getattr(one, "hopeless", False) for one in self._service.answerers):
                 self.hopeless, self.should_exit = self._service.answerers[0].problem, True

@@ -92,7 +92,7 @@ def test_the_service_as_a_user_meets_it(shop, model_path, tmp_path):
             asked = [asyncio.ensure_future(client.post("/extract", json={"text": f"box {index}"}))
                      for index in range(20)]
             await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
-            assert (tmp_path / "state" / "ready").read_text() == "ready\n"
+            assert (tmp_path / "state" / "ready").read_text() == f"ready: {address}\n"
             process.send_signal(signal.SIGTERM)
             return await asyncio.gather(*asked)
 
