@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from sheets.samples import (
     PhotoError,
     Sample,
     cached_photo_path,
-    known_by_content,
     load_samples,
     require_usable,
     summarise_problems,
@@ -71,8 +70,8 @@ def answer_product(options: AnswerOptions) -> None:
     photos = tuple(fetch_photo(path, cache, options.allow_private) if _is_address(path) else Path(path)
                    for path in options.image)
     sample = Sample(row=1, product_id="-", text=as_seen(str(options.text).strip()), label=label, photos=photos,
-                    sheet="command line")
-    records, failures = model.answer(model.encoder(), [known_by_content(sample)], options.num_samples, options.seed,
+                    sheet="command line", by_content=True)
+    records, failures = model.answer(model.encoder(), [sample], options.num_samples, options.seed,
                                      greedy=options.num_samples == 1)
     if failures:
         raise DataError(failures[0].reason)
@@ -144,7 +143,7 @@ def answer_sheet(options: AnswerOptions) -> None:
 def answer_rest(model: TrainedModel, samples: Sequence[Sample], journal: Journal, options: AnswerOptions) -> None:
     """Answer the products that the journal lacks, noting each few of them as they are done."""
     encoder = model.encoder()
-    rest = [known_by_content(sample) for sample in samples if sample.row not in journal.done]
+    rest = [replace(sample, by_content=True) for sample in samples if sample.row not in journal.done]
     for chunk in in_chunks(encoder, rest, options.eval_batch_size, "answering", len(samples) - len(rest)):
         records, failures = model.answer(encoder, chunk, options.num_samples, options.seed,
                                          greedy=options.num_samples == 1)

@@ -22,7 +22,7 @@ from models.family import Prompt
 from prompts import read_template
 from rollout import PromptEncoder
 from sheets.photos import PhotoError, open_photos
-from sheets.samples import Sample, known_by_content
+from sheets.samples import Sample
 from test_model import open_model
 from training.checkpoint import BEST_FILE
 from training.trained import TrainedModel
@@ -75,7 +75,7 @@ def model_name(path: str) -> str:
 def answer_batch(model: TrainedModel, encoder: CountingEncoder, batch: dict[str, Any], seed: int
                  ) -> list[dict[str, Any]]:
     """Answer a batch's products, each with its answers or the reason why there are none."""
-    samples = [known_by_content(Sample(index, "-", product["text"], (), tuple(product["photos"]), "request"))
+    samples = [Sample(index, "-", product["text"], (), tuple(product["photos"]), "request", by_content=True)
                for index, product in enumerate(batch["products"])]
     try:
         records, failures = model.answer(encoder, samples, batch["samples"], seed, batch["greedy"])

@@ -48,12 +48,12 @@ class Sample:
     missing_photos: MissingPhotos = "drop_row"  # what to do when one of them turns out to be broken
     written_label: str = ""  # as it stands in the sheet
     category: str = ""
-    content: str = ""  # a hash of text and photos, where it is known by these and not by sheet and row
+    by_content: bool = False  # it is known by its text and photos, not by sheet and row: answered alike wherever it is
 
     @property
     def key(self) -> str:
         """What prepared prompts and random numbers go by."""
-        return self.content or f"{self.sheet}/{self.row}"
+        return _content_of(self.text, self.photos) if self.by_content else f"{self.sheet}/{self.row}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +108,11 @@ def find_cached_photo(address: str, cache_dir: str | Path) -> str | None:
     return None
 
 
-def known_by_content(sample: Sample) -> Sample:
-    """Let a sample be known by its text and the bytes of its photos: it is then answered alike wherever it stands."""
-    parts = [hashlib.sha256(sample.text.encode("utf-8", "surrogatepass")).hexdigest(),
-             *(content_key(path) for path in sample.photos)]
-    return replace(sample, content=hashlib.sha256("/".join(parts).encode("utf-8", "surrogateescape")).hexdigest())
+@lru_cache(maxsize=1_000)
+def _content_of(text: str, photos: tuple[str, ...]) -> str:
+    """A hash of a text and the bytes of photo files."""
+    parts = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), *map(content_key, photos)]
+    return hashlib.sha256("/".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def load_photos(sample: Sample) -> list[Image.Image]:
