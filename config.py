@@ -259,6 +259,7 @@ class AnswerOptions(SheetOptions):
     label: str | None = option(None, "the true size, if known: prints the reward")
     data_path: str | None = option(None, "a sheet instead of one product")
     image_cache_dir: str | None = option(None, "folder with photos by address; default: as in training")
+    local_photos: bool = option(True, "take files that a sheet names by their path, too; false for strangers' sheets")
     output_path: str | None = option(None, "the sheet to write; default: the sheet's name + .answers.xlsx")
     num_samples: int = option(
         4, "answers sampled a product; the one that agrees most with the others counts, and how far they agree is the "
@@ -366,7 +367,9 @@ class LimitOptions:
     hang_seconds: float = option(
         180.0, "a worker process that is so long with one batch is started again", within="(0, inf)")
     max_sheet_mb: float = option(20.0, "MiB of a sheet, at most", within="(0, inf)")
-    max_rows: int = option(10_000, "rows of a sheet, at most", within="(0, inf)")
+    max_rows: int = option(10_000, "products of a sheet, at most", within="(0, inf)")
+    sheets_waiting: int = option(8, "sheets that wait for the one at work, at most", within="(0, inf)")
+    sheet_hours: float = option(24.0, "hours that an answered sheet can be fetched", within="(0, inf)")
 
 
 @dataclass

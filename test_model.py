@@ -110,13 +110,16 @@ def reading(parts: RewardParts, labelled: bool) -> str:
     return "\n".join(lines)
 
 
-def answer_sheet(options: AnswerOptions) -> None:
-    """Answer every product of a sheet and write the sheet back with answers, sizes and confidence beside each row."""
-    model, data_path = open_model(options), str(options.data_path)
+def answer_sheet(options: AnswerOptions, model: TrainedModel | None = None) -> None:
+    """Answer every product of a sheet and write the sheet back with answers, sizes and confidence beside each row.
+
+    model: what answers; default: the one that the options name.
+    """
+    model, data_path = model or open_model(options), str(options.data_path)
     trained, cache = model.options, options.image_cache_dir or model.options.image_cache_dir
     reading = sheet_options(options, trained, own_sheet=True)
     samples, problems = load_samples(data_path, cache, trained.missing_photos, require_label=False, reading=reading,
-                                     partial_labels=trained.partial_labels)
+                                     partial_labels=trained.partial_labels, local_photos=options.local_photos)
     if samples and problems:
         logger.warning(f"{data_path}: rows with problems\n{summarise_problems(problems)}")
     require_usable(samples, problems, data_path, cache)

@@ -23,7 +23,7 @@ from config import ServiceOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = (sys.executable, "-c", "from app.worker import main; main()")
-_LONGEST_LINE = 2 ** 24  # bytes
+LONGEST_LINE = 2 ** 24  # bytes
 _LONGEST_PAUSE = 60.0  # seconds between starts
 _STEADY = 60.0  # seconds after which a worker counts as well
 _FOR_THE_END = 2.0  # seconds that a worker gets to end by itself
@@ -64,7 +64,7 @@ class Worker:
 
     async def _one_life(self) -> None:
         process = await asyncio.create_subprocess_exec(
-            *self.command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_LONGEST_LINE,
+            *self.command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=LONGEST_LINE,
             env=self._environment(), start_new_session=True)  # so that Ctrl-C drains instead of killing it
         messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         reading = asyncio.create_task(self._read(process, messages))
@@ -100,8 +100,8 @@ class Worker:
     async def _answer(self, process: asyncio.subprocess.Process, messages: asyncio.Queue,
                       reading: asyncio.Task) -> None:
         began = time.monotonic()
-        products = [{"text": job.product.text, "photos": [str(path) for path in job.product.photos]}
-                    for job in self._batch]
+        products = [{"text": job.product.text, "photos": [str(path) for path in job.product.photos],
+                     "missing_photos": job.product.missing_photos} for job in self._batch]
         samples, greedy = self._batch[0].kind
         await self._say(process, {"products": products, "samples": samples, "greedy": greedy}, reading)
         try:

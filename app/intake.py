@@ -32,7 +32,7 @@ MOST_PHOTOS = 5
 _FIELDS = ("text", "photos", "samples", "id")
 _IN_MEMORY = 2 ** 20  # bytes of a body; the rest lies in a file
 _LONGEST_ID = 200
-_FETCH_SECONDS = 10.0
+FETCH_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Intake:
         if host not in map(str.lower, self._options.fetch_hosts):
             raise Refusal(422, "host_not_listed", "photos are not fetched from there (--fetch_hosts): send a data: URL "
                                                   "or a file", field)
-        options = FetchOptions(retries=0, timeout=_FETCH_SECONDS, deadline=_FETCH_SECONDS,
+        options = FetchOptions(retries=0, timeout=FETCH_SECONDS, deadline=FETCH_SECONDS,
                                max_file_mb=max(1, int(self._options.max_photo_mb)))
         found = await asyncio.to_thread(fetch_straight, address, folder, options)
         if found:

@@ -14,7 +14,7 @@ from typing import Any
 
 from app.metrics import Metrics
 from app.refusals import Refusal
-from config import LimitOptions
+from config import LimitOptions, MissingPhotos
 
 _PHOTO_WEIGHT = 300  # characters that a photo's tokens are worth, roughly: prompts of like length go together
 _KEPT_PACE = 0.8  # of the running mean of seconds a product
@@ -22,12 +22,16 @@ _KEPT_PACE = 0.8  # of the running mean of seconds a product
 
 @dataclass(frozen=True)
 class Product:
-    """What is asked: a text, photo files, how many answers, sampled or greedy."""
+    """What is asked: a text, photo files, how many answers, sampled or greedy.
+
+    missing_photos: what a photo that can't be used means; for a request it means no answer.
+    """
 
     text: str
     photos: tuple[Path, ...] = ()
     samples: int = 4
     greedy: bool = False
+    missing_photos: MissingPhotos = "drop_row"
 
 
 @dataclass(frozen=True)

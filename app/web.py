@@ -12,9 +12,10 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 
 from app import chat
+from app.bulk import Bulk
 from app.crew import Worker
 from app.door import Door, read_keys
 from app.intake import Asked, Intake
@@ -35,6 +36,7 @@ class Service:
         self.options, self.metrics = options, Metrics()
         self.waiting = Waiting(options, self.metrics)
         self.intake = Intake(options, self.metrics)
+        self.bulk = Bulk(options, self.waiting, self._result)
         self.began = time.monotonic()
         self.answerers = [Worker(device, options, self.waiting, self.metrics) for device in options.devices] \
             if answerers is None else list(answerers)
@@ -43,9 +45,11 @@ class Service:
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
         """Keep those who answer up while the block runs."""
         keeping = [asyncio.create_task(answerer.keep()) for answerer in self.answerers]
+        self.bulk.go_on()
         try:
             yield
         finally:
+            await self.bulk.stop()
             for task in keeping:
                 task.cancel()
             await asyncio.gather(*keeping, return_exceptions=True)
@@ -83,8 +87,10 @@ class Service:
 
     async def _answer(self, asked: Asked) -> dict[str, Any]:
         answered = await self.waiting.ask(asked.product)
-        result = result_of(asked.product, answered, self.about["model"], self.options.accept_at, self.metrics)
-        return {"id": asked.id, **result}
+        return {"id": asked.id, **self._result(asked.product, answered)}
+
+    def _result(self, product: Product, answered: Answered) -> dict[str, Any]:
+        return result_of(product, answered, self.about["model"], self.options.accept_at, self.metrics)
 
     async def chat(self, request: Request) -> dict[str, Any]:
         """Answer one product that is asked in OpenAI's protocol."""
@@ -178,6 +184,27 @@ def make_app(service: Service) -> Door:
     @app.post("/extract")
     async def extract(request: Request) -> JSONResponse:
         return JSONResponse(await service.extract(request), headers={"Cache-Control": "no-store"})
+
+    @app.post("/extract_sheet", status_code=202)
+    async def take_sheet(request: Request) -> JSONResponse:
+        return JSONResponse(await service.bulk.take(request), 202)
+
+    @app.get("/extract_sheet/{key}")
+    async def sheet_state(key: str) -> JSONResponse:
+        return JSONResponse(service.bulk.find(key).report(), headers={"Cache-Control": "no-store"})
+
+    @app.get("/extract_sheet/{key}/file")
+    async def sheet_file(key: str) -> Response:
+        sheet = service.bulk.find(key)
+        if sheet.status != "done":
+            raise Refusal(409, "not_done", f"the sheet is {sheet.status} still", retry_after=5)
+        return FileResponse(sheet.answers_path, filename=f"{Path(sheet.name).stem}.answers.xlsx",
+                            headers={"Cache-Control": "no-store"})
+
+    @app.delete("/extract_sheet/{key}")
+    async def forget_sheet(key: str) -> JSONResponse:
+        service.bulk.forget(key)
+        return JSONResponse({"id": key, "status": "removed"})
 
     @app.get("/v1/models")
     async def models() -> JSONResponse:

@@ -22,7 +22,7 @@ from models.family import Prompt
 from prompts import read_template
 from rollout import PromptEncoder
 from sheets.photos import PhotoError, open_photos
-from sheets.samples import Sample
+from sheets.samples import Sample, load_photos
 from test_model import open_model
 from training.checkpoint import BEST_FILE
 from training.trained import TrainedModel
@@ -55,7 +55,11 @@ class CountingEncoder(PromptEncoder):
 
 def open_all(sample: Sample, at_once: int) -> list[Image.Image]:
     """Decode a product's photos, equal ones once; raises PhotoError naming the first that can't be used by its place.
+
+    For a sheet's product its rule for such photos holds instead.
     """
+    if sample.missing_photos != "drop_row":
+        return load_photos(sample)
     photos = []
     for path, photo in open_photos(sample.photos, at_once):
         if isinstance(photo, PhotoError):
@@ -75,7 +79,8 @@ def model_name(path: str) -> str:
 def answer_batch(model: TrainedModel, encoder: CountingEncoder, batch: dict[str, Any], seed: int
                  ) -> list[dict[str, Any]]:
     """Answer a batch's products, each with its answers or the reason why there are none."""
-    samples = [Sample(index, "-", product["text"], (), tuple(product["photos"]), "request", by_content=True)
+    samples = [Sample(index, "-", product["text"], (), tuple(product["photos"]), "request",
+                      product.get("missing_photos", "drop_row"), by_content=True)
                for index, product in enumerate(batch["products"])]
     try:
         records, failures = model.answer(encoder, samples, batch["samples"], seed, batch["greedy"])

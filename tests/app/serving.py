@@ -17,6 +17,7 @@ from config import ServiceOptions
 from tiny import noise_photo
 
 FAKE = (sys.executable, str(Path(__file__).parent / "fake_worker.py"))
+FAKE_SHEETS = (sys.executable, str(Path(__file__).parent / "fake_sheet_process.py"))
 
 
 class Place:
@@ -38,11 +39,12 @@ class Place:
 
 
 @asynccontextmanager
-async def serving(folder, command=FAKE, answerers=None, headers=None, ready=True, **changes):
-    """Serve while the block runs; changes: to the options."""
+async def serving(folder, command=FAKE, answerers=None, headers=None, ready=True, sheets=None, **changes):
+    """Serve while the block runs; sheets: the command that reads them; changes: to the options."""
     options = ServiceOptions(**{"model_path": "fake", "state_dir": str(folder / "state"), "port": 0, **changes})
     Path(options.state_dir).mkdir(parents=True, exist_ok=True)
     service = Service(options, answerers)
+    service.bulk.command = sheets or service.bulk.command
     if answerers is None:
         service.answerers = [Worker(device, options, service.waiting, service.metrics, command)
                              for device in options.devices]

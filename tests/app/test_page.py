@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from app.page import page_and_policy
-from serving import png, serving
+from serving import FAKE_SHEETS, png, serving
 from test_api import played
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -64,7 +64,7 @@ DROP = """([content]) => {
 @in_a_browser
 def test_a_person_asks(tmp_path):
     async def scene():
-        async with serving(tmp_path, accept_at=0.5) as place, browsing(
+        async with serving(tmp_path, accept_at=0.5, sheets=FAKE_SHEETS) as place, browsing(
                 place, locale="en-GB", viewport={"width": 1280, "height": 900}) as page:
             await page.set_input_files("#files", [photo(1)])
             await page.evaluate(DROP, [base64.b64encode(png(2)).decode()])
@@ -90,6 +90,11 @@ def test_a_person_asks(tmp_path):
             await page.get_by_text("photos[0]: it is damaged.").wait_for()
             await page.get_by_role("button", name="Remove photo 1").click()
             assert await page.locator(".thumb").count() == 1
+
+            await page.set_input_files("#files", [{"name": "all.csv", "mimeType": "text/csv", "buffer": b"mug\nbowl"}])
+            async with page.expect_download() as download:
+                await page.get_by_role("link", name="Get the sheet").click()
+            assert (await download.value).suggested_filename == "all.answers.xlsx"
 
             await page.click("#language")
             assert await page.title() == "商品尺寸" and await page.locator("html").get_attribute("lang") == "zh-CN"
