@@ -56,10 +56,13 @@ class Server(uvicorn.Server):
     async def watch(self) -> None:
         """Write down how the service is, end it when there is no hope, give up what still waits when it drains."""
         written, waiting = "", self._service.waiting
+        while not self.started:
+            await asyncio.sleep(_LOOK_EVERY)
+        address = address_of(self.servers[0].sockets[0])
         while True:
             status = self._service.health()["status"]
-            if status != written and self.started:
-                write_text(self._state, f"{status}: {address_of(self.servers[0].sockets[0])}\n")
+            if status != written:
+                write_text(self._state, f"{status}: {address}\n")
                 written = status
             if all(getattr(one, "hopeless", False) for one in self._service.answerers):
                 self.hopeless, self.should_exit = self._service.answerers[0].problem, True
