@@ -14,6 +14,8 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
     start(ExportOptions, "Write a trained model as a folder to serve; adapters are merged.")
 
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +34,7 @@ from models.policy import Policy
 from own_reward import Scorer
 from prompts import build_prompt, read_template
 from rollout import Group, rollout_groups
+from sheets.photos import content_key
 from sheets.samples import DataError, Sample, load_samples, require_usable
 from training.checkpoint import save_model
 from training.trained import TrainedModel, open_trained, options_of
@@ -66,7 +69,10 @@ def write_model(options: ExportOptions, trained: TrainOptions, samples: Sequence
     save_model(model.policy, trained, base_path if adapter else options.checkpoint_path, folder)
     sampling = sampling_settings(model.policy, trained)
     _update_json(folder / "generation_config.json", {"do_sample": True, **sampling})
-    _update_json(folder / "serving.json", serving_notes(model.policy, trained, expected[0], sampling))
+    notes = serving_notes(model.policy, trained, expected[0], sampling)
+    for name, photo in zip(notes["example"]["photo_files"], distinct_photos(expected[0].sample), strict=True):
+        shutil.copyfile(photo, folder / name)
+    _update_json(folder / "serving.json", notes)
     return expected
 
 
@@ -80,16 +86,26 @@ def serving_notes(policy: Policy, trained: TrainOptions, group: Group, sampling:
     """What decides an answer beside the weights: wording by number of photos, photo budget, sampling; an example."""
     template = read_template(trained.prompt_file)
     wording = {count: build_prompt("{text}", range(count), trained.prompt_language, template) for count in range(6)}
-    ids = group.prompt.input_ids.tolist()
+    ids, photos = group.prompt.input_ids.tolist(), distinct_photos(group.sample)
     return {
         "user_message": {f"{count} photos": text for count, text in wording.items()},
         "photos": {"at_most": 5, "before_the_text": True, "max_pixels": trained.max_pixels,
                    "max_slice_nums": trained.max_slice_nums, "max_prompt_length": trained.max_prompt_length},
         "sampling": sampling,
         "reading": "the first JSON object with length, width, height (reward.read_answer); sort before comparing",
-        "example": {"text": group.sample.text, "photos": len(group.sample.photos), "prompt_ids": ids,
+        "example": {"text": group.sample.text, "photos": len(photos),
+                    "photo_files": [f"example_{place}{Path(photo).suffix}" for place, photo in enumerate(photos)],
+                    "prompt_ids": ids,
                     "prompt": policy.tokenizer.decode(ids), "greedy_answer": group.answers[0]},
     }
+
+
+def distinct_photos(sample: Sample) -> list[str]:
+    """A product's photo files, those of equal content once, as the model is shown them."""
+    distinct: dict[str, str] = {}
+    for path in filter(os.path.isfile, sample.photos):
+        distinct.setdefault(content_key(path), path)
+    return list(distinct.values())
 
 
 def _update_json(path: Path, content: dict[str, Any]) -> None:

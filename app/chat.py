@@ -11,7 +11,6 @@ from typing import Any
 
 from app.refusals import Refusal
 from app.waiting import Answered
-from prompts import build_prompt
 
 _FIELDS = ("model", "messages", "n", "temperature", "top_p", "max_tokens", "max_completion_tokens", "stream",
            "response_format")
@@ -114,8 +113,7 @@ def without_wording(text: str, photos: int, about: Mapping[str, Any]) -> str:
 
     The wording is put around it again, so that a message in it, as serving.json gives it, is answered like a product.
     """
-    wording = build_prompt("{text}", range(photos), about["prompt_language"], about["template"])
-    before, _, behind = wording.partition("{text}")
+    before, _, behind = about["wording"].get(str(photos), "{text}").partition("{text}")
     if before + behind and text.startswith(before) and text.endswith(behind) and len(text) > len(before + behind):
         return text[len(before):len(text) - len(behind)]
     return text

@@ -8,7 +8,7 @@ import base64
 import binascii
 import json
 import shutil
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,10 +223,3 @@ def keep_data_url(photo: str, folder: Path, field: str, most_bytes: int) -> Path
     path = folder / f"data-{len(list(folder.iterdir()))}"
     path.write_bytes(content)
     return path
-
-
-def as_data_url(path: Path, kinds: Mapping[bytes, str]) -> str:
-    """Write a photo file as a data: URL, as engines take it; kinds: how a file begins, to its type."""
-    content = path.read_bytes()
-    kind = next((kind for start, kind in kinds.items() if content.startswith(start)), "png")
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

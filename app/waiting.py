@@ -53,6 +53,8 @@ class Job:
     future: "asyncio.Future[Answered]"
     came: float = field(default_factory=time.monotonic)
     taken: float = 0.0
+    line: "deque[Job] | None" = None  # where it waits, or waited
+    tries: int = 0
 
     @property
     def kind(self) -> tuple[int, bool]:
@@ -130,7 +132,7 @@ class Waiting:
         return await self._queued(product, self._of_sheets)
 
     async def _queued(self, product: Product, line: deque[Job]) -> Answered:
-        job = Job(product, asyncio.get_running_loop().create_future())
+        job = Job(product, asyncio.get_running_loop().create_future(), line=line)
         line.append(job)
         self._note_length()
         try:
@@ -148,12 +150,17 @@ class Waiting:
         else:
             self._more.clear()
 
-    async def take(self, most: int) -> list[Job]:
+    async def take(self, most: int, linger: float | None = None) -> list[Job]:
         """Take products to answer together as soon as there are any: those asked for as many answers as the first,
-        the nearest to it in length. Cancelled, it has taken none."""
+        the nearest to it in length. Cancelled, it has taken none.
+
+        linger: seconds to wait before; default: batch_wait_ms, where there are not enough for a batch.
+        """
         await self._more.wait()
-        if len(self._asked) + len(self._of_sheets) < most:
-            await asyncio.sleep(self._limits.batch_wait_ms / 1000)
+        if linger is None:
+            enough = len(self._asked) + len(self._of_sheets) >= most
+            linger = 0 if enough else self._limits.batch_wait_ms / 1000
+        await asyncio.sleep(linger)
         while not (self._asked or self._of_sheets):  # who waited may have left, or gone with another taker
             await self._more.wait()
         taken = _like_the_first(self._asked, most)
@@ -162,14 +169,24 @@ class Waiting:
         taken += alike[:most - len(taken)]
         now = time.monotonic()
         for job in taken:
-            line = self._asked if job in self._asked else self._of_sheets
-            line.remove(job)
+            job.line.remove(job)
             job.taken = now
             self._taken.add(job)
             self._metrics.queue_seconds.observe(now - job.came)
         self._metrics.batch_size.observe(len(taken))
         self._note_length()
         return taken
+
+    def give_back(self, job: Job, most_tries: int) -> None:
+        """Put a product that could not be answered back in front, for another to take; without one it fails."""
+        self._taken.discard(job)
+        if job.future.done():
+            return
+        if job.tries >= most_tries or self.takers < 2:  # the one that gives it back is still counted
+            job.fail(Refusal(503, "engine_failed", "no engine answered it, try again", retry_after=5))
+        else:
+            job.line.appendleft(job)
+            self._note_length()
 
     def done(self, count: int, seconds: float) -> None:
         """Learn how fast products are answered."""

@@ -18,6 +18,7 @@ from app import chat
 from app.bulk import Bulk
 from app.crew import Worker
 from app.door import Door, read_keys
+from app.engines import Engine
 from app.intake import Asked, Intake
 from app.metrics import Metrics
 from app.page import page_and_policy
@@ -32,14 +33,17 @@ _LEFT = 499  # what nginx calls a client that has left
 class Service:
     """What the endpoints share: the queue, those who answer, and the options."""
 
-    def __init__(self, options: ServiceOptions, answerers: Sequence[Worker] | None = None):
+    def __init__(self, options: ServiceOptions, answerers: Sequence[Worker | Engine] | None = None):
         self.options, self.metrics = options, Metrics()
         self.waiting = Waiting(options, self.metrics)
         self.intake = Intake(options, self.metrics)
         self.bulk = Bulk(options, self.waiting, self._result)
         self.began = time.monotonic()
-        self.answerers = [Worker(device, options, self.waiting, self.metrics) for device in options.devices] \
-            if answerers is None else list(answerers)
+        if answerers is None and options.engine:
+            answerers = [Engine(address, options, self.waiting, self.metrics) for address in options.engine]
+        elif answerers is None:
+            answerers = [Worker(device, options, self.waiting, self.metrics) for device in options.devices]
+        self.answerers = list(answerers)
 
     @asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:

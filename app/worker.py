@@ -19,7 +19,7 @@ from config import AnswerOptions
 from ground.commands import TIMED, log_to_console
 from ground.errors import UserError
 from models.family import Prompt
-from prompts import read_template
+from prompts import build_prompt, read_template
 from rollout import PromptEncoder
 from sheets.photos import PhotoError, open_photos
 from sheets.samples import Sample, load_photos
@@ -113,7 +113,8 @@ def serve(settings: dict[str, Any], say: Say) -> None:
     trained, seed = model.options, settings["answer"]["seed"]
     say({"ready": {"model": model_name(settings["answer"]["checkpoint_path"] or settings["answer"]["model_path"]),
                    "temperature": trained.temperature, "max_length": trained.max_length,
-                   "prompt_language": trained.prompt_language, "template": read_template(trained.prompt_file)}})
+                   "wording": {str(count): build_prompt("{text}", range(count), trained.prompt_language,
+                                                        read_template(trained.prompt_file)) for count in range(6)}}})
     for line in sys.stdin:
         say({"lines": answer_batch(model, encoder, json.loads(line), seed)})
 

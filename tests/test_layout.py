@@ -25,8 +25,8 @@ WINGS = {
     "training": ["provenance", "checkpoint", "trained", "setup", "guard", "preflight", "curves"],
     "the commands": ["check_data", "check_reward", "download_images", "demo", "export", "test_model", "run",
                      "train_vlm_parallel"],
-    "app": ["refusals", "metrics", "waiting", "crew", "door", "intake", "results", "bulk", "chat", "page", "web",
-            "worker", "sheet_process", "server"],
+    "app": ["refusals", "metrics", "waiting", "crew", "engines", "door", "intake", "results", "bulk", "chat", "page",
+            "web", "worker", "sheet_process", "server"],
 }
 FLOORS = [room if wing.partition(" ")[0] in ("", "the") else f"{wing}.{room}" for wing, rooms in WINGS.items()
           for room in rooms]

@@ -31,7 +31,8 @@ if settings["answer"]["model_path"] == "broken":
     say({"broken": "no such model"})
     sys.exit(2)
 threading.Thread(target=sign, daemon=True).start()
-say({"ready": {"model": "fake@1", "temperature": 0.7, "max_length": 64, "prompt_language": "en", "template": None}})
+wording = {str(count): f"How large, by {count} photos? {{text}} In cm." for count in range(6)}
+say({"ready": {"model": "fake@1", "temperature": 0.7, "max_length": 64, "wording": wording}})
 for line in sys.stdin:
     batch = json.loads(line)
     texts = [product["text"] for product in batch["products"]]

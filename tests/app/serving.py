@@ -45,7 +45,7 @@ async def serving(folder, command=FAKE, answerers=None, headers=None, ready=True
     Path(options.state_dir).mkdir(parents=True, exist_ok=True)
     service = Service(options, answerers)
     service.bulk.command = sheets or service.bulk.command
-    if answerers is None:
+    if answerers is None and not options.engine:
         service.answerers = [Worker(device, options, service.waiting, service.metrics, command)
                              for device in options.devices]
     config = uvicorn.Config(make_app(service), port=0, log_config=None, access_log=False, server_header=False,

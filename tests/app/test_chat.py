@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from prompts import build_prompt
 from serving import data_url, png, serving
 from test_api import is_error, played
 
@@ -50,10 +49,10 @@ def test_one_message_is_answered(tmp_path):
 def test_the_wording_of_training_is_put_around_a_text_once(tmp_path):
     async def scene():
         async with serving(tmp_path) as place:
-            for words in ("mug", build_prompt("mug", [], "en"), "mug " + build_prompt("", [], "en")):
+            for words in ("mug", "How large, by 0 photos? mug In cm.", "How large, by 1 photos? mug In cm."):
                 found = answers(await place.client.post("/v1/chat/completions", json={"messages": message(words)}))
-                assert found[0]["length"] == (3 if words[:4] != "mug " else len(words.strip()))
-            two = build_prompt("a mug", range(2), "en")
+                assert found[0]["length"] == (len(words) if "1" in words else 3)
+            two = "How large, by 2 photos? a mug In cm."
             found = answers(await place.client.post("/v1/chat/completions", json={"messages": message(
                 PHOTO, {"type": "image_url", "image_url": {"url": data_url(png(2))}}, text(two))}))
             assert found[0]["length"] == 5
