@@ -24,7 +24,11 @@ test: .venv/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/.installed-dev: .venv/.installed requirements-dev.txt
+.venv/.installed-app: .venv/.installed app/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r app/requirements.txt
+	touch $@
+
+.venv/.installed-dev: .venv/.installed requirements-dev.txt app/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

@@ -255,9 +255,11 @@ class AnswerOptions(SheetOptions):
     trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
     text: str | None = option(None, "the product's text")
     image: list[str] = option([], "a photo's path or address; repeat for up to five")
+    allow_private: bool = option(False, "fetch a photo from private, loopback and link-local addresses too")
     label: str | None = option(None, "the true size, if known: prints the reward")
     data_path: str | None = option(None, "a sheet instead of one product")
     image_cache_dir: str | None = option(None, "folder with photos by address; default: as in training")
+    local_photos: bool = option(True, "take files that a sheet names by their path, too; false for strangers' sheets")
     output_path: str | None = option(None, "the sheet to write; default: the sheet's name + .answers.xlsx")
     num_samples: int = option(
         4, "answers sampled a product; the one that agrees most with the others counts, and how far they agree is the "
@@ -343,3 +345,63 @@ class DemoOptions:
     held_out: int = option(96, "products held out", within="(0, inf)")
     warm_up_steps: int = option(550, "steps of the warm-up before GRPO", within="(0, inf)")
     seed: int = option(0, "seed of catalogue, model and warm-up", within="[0, inf)")
+
+
+@dataclass
+class LimitOptions:
+    """Limits of the service"""
+
+    max_photo_mb: float = option(6.0, "MiB of a photo, at most", within="(0, inf)")
+    max_megapixels: float = option(16.0, "megapixels of a photo, at most", within="(0, inf)")
+    decode_at_once: int = option(2, "photos decoded at the same time by each worker", within="(0, inf)")
+    max_text: int = option(20_000, "characters of a product's text, at most", within="(0, inf)")
+    max_body_mb: float = option(42.0, "MiB of a request, at most, counted as it comes", within="(0, inf)")
+    body_seconds: float = option(
+        15.0, "seconds for a request's body to come; longer where it keeps up 100 kB a second", within="(0, inf)")
+    queue_size: int = option(64, "requests that wait, at most; a further one gets 429", within="(0, inf)")
+    max_wait: float = option(30.0, "seconds; where the wait would be longer a request gets 429", within="(0, inf)")
+    deadline: float = option(60.0, "seconds until a request gets 504", within="(0, inf)")
+    drain_seconds: float = option(30.0, "seconds for what was accepted to be answered after a SIGTERM",
+                                  within="[0, inf)")
+    batch_size: int = option(16, "products answered together, at most", within="(0, inf)")
+    batch_wait_ms: float = option(10.0, "milliseconds to wait for more products", within="[0, inf)")
+    silent_seconds: float = option(
+        15.0, "a worker process that gives no sign of life for so long is started again", within="(0, inf)")
+    hang_seconds: float = option(
+        180.0, "a worker process that is so long with one batch is started again", within="(0, inf)")
+    max_sheet_mb: float = option(20.0, "MiB of a sheet, at most", within="(0, inf)")
+    max_rows: int = option(10_000, "products of a sheet, at most", within="(0, inf)")
+    sheets_waiting: int = option(8, "sheets that wait for the one at work, at most", within="(0, inf)")
+    sheet_hours: float = option(24.0, "hours that an answered sheet can be fetched", within="(0, inf)")
+
+
+@dataclass
+class ServiceOptions(LimitOptions):
+    """The service"""
+
+    model_path: str = option("", "a model folder, hub name or checkpoint folder; default: the demo's trained model; "
+                                 "with --engine the folder that export.py wrote")
+    checkpoint_path: str | None = option(None, "weights to use instead: a checkpoint folder or model_stepN.pt")
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE)
+    prompt_language: Literal["zh", "en"] | None = option(None, "wording of the prompt; default: as in training")
+    prompt_file: str | None = option(None, "your own wording; default: as in training")
+    samples: int = option(4, "answers sampled a product where a request does not say; 1: one greedy answer, no "
+                             "confidence", within="[1, 16]")
+    accept_at: float | None = option(None, "confidence from which an answer needs no review, as run.py prints it")
+    seed: int = option(0, "seed of the sampled answers", within="[0, inf)")
+    devices: tuple[str, ...] = option(
+        ("auto",), "a worker process for each: auto, cpu, cuda, or the numbers of GPUs: 0 1 2 3")
+    num_threads: int | None = option(None, "CPU threads for torch in each worker", within="(0, inf)")
+    engine: list[str] = option(
+        [], "answer with an OpenAI-compatible engine instead, as http://127.0.0.1:8001/v1; repeat for several in turn")
+    engine_model: str | None = option(None, "the model's name at the engine; default: the first that it lists")
+    engine_key_file: str | None = option(None, "file with the key to send to the engines")
+    host: str = option("127.0.0.1", "address to listen at; any but this machine's own needs --key_file")
+    port: int = option(8000, "port to listen at", within="[0, 65535]")
+    allowed_hosts: tuple[str, ...] = option(
+        (), "names under which the service may be asked, beside localhost and plain addresses")
+    key_file: str | None = option(None, "file with the keys that clients may send as Bearer, one a line")
+    fetch_hosts: tuple[str, ...] = option(
+        (), "hosts from which photos are fetched by https or http address; default: none")
+    image_cache_dir: str | None = option(None, "folder with photos by address, for sheets; default: none")
+    state_dir: str = option("outputs/service", "folder for sheets at work and what run.sh keeps")

@@ -191,9 +191,9 @@ def rollout_groups(encoder: PromptEncoder, samples: Sequence[Sample], group_size
                    max_length: int, seed: str, rollout_batch_size: int) -> tuple[list[Group], list[RolloutFailure]]:
     """Sample one group for each product, rollout_batch_size products at a time, in the order of `samples`.
 
-    temperature None answers greedily. seed: with the row it decides every token, whatever products are sampled
-    together. Where memory runs out, fewer are sampled together, from then on. Products whose photos can't be read, for
-    which alone there is no memory or whose log-probs are not finite come back as failures.
+    temperature None answers greedily. seed: with the sample's key it decides every token, whatever products are
+    sampled together. Where memory runs out, fewer are sampled together, from then on. Products whose photos can't be
+    read, for which alone there is no memory or whose log-probs are not finite come back as failures.
     """
     failures, prompts = [], {}
     for index, sample in enumerate(samples):
@@ -228,7 +228,7 @@ def _sample_groups(policy: Policy, samples: Sequence[Sample], prompts: Sequence[
                    temperature: float | None, max_length: int, seed: str) -> list[Group]:
     with torch.no_grad():
         features = policy.photo_features(prompts)
-    uniforms = torch.cat([draw_uniforms(f"{seed}/{sample.sheet}/{sample.row}", group_size, max_length)
+    uniforms = torch.cat([draw_uniforms(f"{seed}/{sample.key}", group_size, max_length)
                           for sample in samples])  # (B * G, T)
     generation = policy.sample(prompts, features, uniforms, temperature)
     return _cut_groups(policy, samples, prompts, features, generation, [sample.label for sample in samples])

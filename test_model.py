@@ -3,9 +3,9 @@
     python test_model.py --model_path demo/model --text "mug, grid 5 cm" --image front.png --image side.png
     python test_model.py --model_path outputs/demo/step_000420 --data_path demo/held_out.xlsx --accept_at 0.93
 
-A checkpoint brings the prompt, photo budget and sampling it was trained with; an adapter brings the model under it. A
-sheet comes back with every row of it, in its order; a run that is killed goes on where it stopped when it is started
-again.
+A checkpoint brings the prompt, photo budget and sampling it was trained with; an adapter brings the model under it. The
+same text and photos are answered alike wherever they stand: alone, in any row of any sheet. A sheet comes back with
+every row of it, in its order; a run that is killed goes on where it stopped when it is started again.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
@@ -15,23 +15,22 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
     start(AnswerOptions, "Try one model on one product, or on a sheet.")
 
 import hashlib
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
 
-from config import AnswerOptions, SheetOptions, TrainOptions
+from config import AnswerOptions, FetchOptions, SheetOptions, TrainOptions
 from evidence.evaluation import in_chunks
 from evidence.journal import Journal, weights_of
 from evidence.report import answer_line, sizes_text, write_sheet
-from ground.files import whole_file
 from ground.options import sheet_options
 from reward import RewardParts
 from sheets.columns import header_rows
+from sheets.fetch import fetch, make_session
 from sheets.samples import (
     DataError,
     PhotoError,
@@ -43,9 +42,8 @@ from sheets.samples import (
 )
 from sheets.table import read_table
 from sizes.labels import parse_label
+from sizes.texts import as_seen
 from training.trained import TrainedModel, asked_otherwise, open_trained, options_of, scorer_of
-
-_SECONDS, _LARGEST_PHOTO = 20, 30_000_000  # bytes
 
 
 def open_model(options: AnswerOptions) -> TrainedModel:
@@ -69,8 +67,10 @@ def answer_product(options: AnswerOptions) -> None:
             raise PhotoError(f"--image {path}: no such file")
     model = open_model(options)
     cache = Path(options.image_cache_dir or model.options.image_cache_dir)
-    photos = tuple(fetch_photo(path, cache) if _is_address(path) else Path(path) for path in options.image)
-    sample = Sample(row=1, product_id="-", text=str(options.text), label=label, photos=photos, sheet="command line")
+    photos = tuple(fetch_photo(path, cache, options.allow_private) if _is_address(path) else Path(path)
+                   for path in options.image)
+    sample = Sample(row=1, product_id="-", text=as_seen(str(options.text).strip()), label=label, photos=photos,
+                    sheet="command line", by_content=True)
     records, failures = model.answer(model.encoder(), [sample], options.num_samples, options.seed,
                                      greedy=options.num_samples == 1)
     if failures:
@@ -87,21 +87,16 @@ def _is_address(path: str) -> bool:
     return path.startswith(("http://", "https://"))
 
 
-def fetch_photo(address: str, cache_dir: Path) -> Path:
+def fetch_photo(address: str, cache_dir: Path, allow_private: bool = False) -> Path:
     """Find a photo in the cache, or fetch it into it; raises PhotoError naming the address."""
     path = cached_photo_path(address, cache_dir)
-    if path.is_file():
-        return path
-    try:
-        with urllib.request.urlopen(address, timeout=_SECONDS) as answer:
-            content = answer.read(_LARGEST_PHOTO + 1)
-    except (OSError, ValueError) as problem:
-        raise PhotoError(f"--image {address}: can't be fetched: {problem}") from problem
-    if len(content) > _LARGEST_PHOTO:
-        raise PhotoError(f"--image {address}: larger than {_LARGEST_PHOTO:,} bytes")
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        partial.write_bytes(content)
+    if not path.is_file():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        options = FetchOptions(retries=1, allow_private=allow_private)
+        with make_session(options) as session:
+            found = fetch(session, address, cache_dir, options)
+        if found.reason:
+            raise PhotoError(f"--image {address}: can't be fetched: {found.reason}")
     return path
 
 
@@ -115,13 +110,16 @@ def reading(parts: RewardParts, labelled: bool) -> str:
     return "\n".join(lines)
 
 
-def answer_sheet(options: AnswerOptions) -> None:
-    """Answer every product of a sheet and write the sheet back with answers, sizes and confidence beside each row."""
-    model, data_path = open_model(options), str(options.data_path)
+def answer_sheet(options: AnswerOptions, model: TrainedModel | None = None) -> None:
+    """Answer every product of a sheet and write the sheet back with answers, sizes and confidence beside each row.
+
+    model: what answers; default: the one that the options name.
+    """
+    model, data_path = model or open_model(options), str(options.data_path)
     trained, cache = model.options, options.image_cache_dir or model.options.image_cache_dir
     reading = sheet_options(options, trained, own_sheet=True)
     samples, problems = load_samples(data_path, cache, trained.missing_photos, require_label=False, reading=reading,
-                                     partial_labels=trained.partial_labels)
+                                     partial_labels=trained.partial_labels, local_photos=options.local_photos)
     if samples and problems:
         logger.warning(f"{data_path}: rows with problems\n{summarise_problems(problems)}")
     require_usable(samples, problems, data_path, cache)
@@ -148,7 +146,7 @@ def answer_sheet(options: AnswerOptions) -> None:
 def answer_rest(model: TrainedModel, samples: Sequence[Sample], journal: Journal, options: AnswerOptions) -> None:
     """Answer the products that the journal lacks, noting each few of them as they are done."""
     encoder = model.encoder()
-    rest = [sample for sample in samples if sample.row not in journal.done]
+    rest = [replace(sample, by_content=True) for sample in samples if sample.row not in journal.done]
     for chunk in in_chunks(encoder, rest, options.eval_batch_size, "answering", len(samples) - len(rest)):
         records, failures = model.answer(encoder, chunk, options.num_samples, options.seed,
                                          greedy=options.num_samples == 1)

@@ -53,6 +53,7 @@ class Record:
     sample: Sample
     answers: list[str]
     parts: list[RewardParts]
+    truncated: Sequence[bool] = ()  # answers that met the limit of new tokens
 
     @property
     def key(self) -> tuple[str, int]:
@@ -98,7 +99,7 @@ def answer_together(encoder: PromptEncoder, samples: Sequence[Sample], num_sampl
                                       max_length, f"evaluate/{seed}", batch_size)
     if scorer is not None:
         scorer.rescore(groups)
-    return [Record(group.sample, group.answers, group.parts) for group in groups], failures
+    return [Record(group.sample, group.answers, group.parts, group.truncated.tolist()) for group in groups], failures
 
 
 def in_chunks(encoder: PromptEncoder, samples: Sequence[Sample], size: int, title: str, done: int = 0,

@@ -16,16 +16,17 @@ from ground.options import parse_options
 PLAIN, TIMED = "{level:<7} {message}", "{time:HH:mm:ss} {level:<7} {message}"
 
 
-def start(options_class: type, description: str) -> NoReturn:
+def start(options_class: type, description: str, name: str = "") -> NoReturn:
     """Parse the options of the script that runs, import it and exit with the status that its main(options) returns.
 
     It stands at the head of a script, before the imports, so that --help and a misspelt option answer at once. A
-    problem that the user can mend ends in one message and status 2.
+    problem that the user can mend ends in one message and status 2. name: of the script as a module, where it lies in
+    a folder.
     """
     options = parse_options(options_class, description)
     log_to_console(PLAIN)
     try:
-        status = import_for_good(Path(sys.argv[0]).stem).main(options)
+        status = import_for_good(name or Path(sys.argv[0]).stem).main(options)
     except UserError as problem:
         logger.error(str(problem))
         status = 2

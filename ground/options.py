@@ -24,6 +24,7 @@ from config import (
     DataOptions,
     DownloadOptions,
     ExportOptions,
+    ServiceOptions,
     SheetOptions,
     TrainOptions,
 )
@@ -33,6 +34,9 @@ from ground.files import write_text
 T = TypeVar("T")
 _FIELD = re.compile("text|label|length|width|height|unit|sku_id|category|photo|sku_img|spu_img_[0-9]+")
 _REWARD = re.compile(r"(?P<file>.+\.py):(?P<name>[^\W\d]\w*)(?::(?P<weight>[^:]+))?|size(?::(?P<size_weight>[^:]+))?")
+
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class _Parser(ArgumentParser):
@@ -268,11 +272,33 @@ def check_export(options: ExportOptions) -> None:
         raise OptionError(f"--output_path {options.output_path} is there already: name a folder that isn't")
 
 
+def check_service(options: ServiceOptions) -> None:
+    """Refuse values and combinations that can't work or aren't safe; raises OptionError naming the option."""
+    if options.host not in LOOPBACK and not options.key_file:
+        raise OptionError(f"--host {options.host} can be reached from other machines, so it needs keys: write one a "
+                          "line into a file and name it with --key_file")
+    for name in ("key_file", "engine_key_file"):
+        if getattr(options, name) and not Path(getattr(options, name)).is_file():
+            raise OptionError(f"--{name} {getattr(options, name)}: no such file")
+    if not options.devices:
+        raise OptionError("--devices is empty: give auto, cpu, cuda or numbers of GPUs")
+    for device in options.devices:
+        if device not in ("auto", "cpu", "cuda") and not device.isdecimal():
+            raise OptionError(f"--devices {device}: give auto, cpu, cuda or numbers of GPUs")
+    for address in options.engine:
+        if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", address):
+            raise OptionError(f"--engine {address}: give an address such as http://127.0.0.1:8001/v1")
+    if options.engine and not (Path(options.model_path) / "serving.json").is_file():
+        raise OptionError(f"--engine needs the wording: --model_path must name the folder that export.py wrote, with "
+                          f"serving.json in it; {options.model_path or 'none'} has none")
+
+
 _CHECKS_BY_NAME: dict[str, Callable[[Any], None]] = {
     "column": check_columns, "prompt_file": check_prompt_file, "reward": check_rewards}
 _CHECKS_BY_KIND: dict[type, Callable[[Any], None]] = {
     TrainOptions: check_training, DataOptions: check_data, CompareOptions: check_comparison,
     AnswerOptions: check_answering, CheckRewardOptions: check_reward_check, ExportOptions: check_export,
+    ServiceOptions: check_service,
     DownloadOptions: lambda options: check_data_path(options.data_path)}
 
 

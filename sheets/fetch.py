@@ -38,6 +38,9 @@ _MOST_REDIRECTS = 5
 _BUSY = (429, 500, 502, 503, 504)  # worth another try
 _LONGEST_WAIT = 60  # seconds that a server may ask to wait
 _CHUNK = 2 ** 16
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_UNICAST6, _DOCUMENTATION6 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("3fff::/20")
+_NOT_PUBLIC4 = (ipaddress.ip_network("192.0.0.0/24"), ipaddress.ip_network("192.88.99.0/24"))
 _HEADERS = {"User-Agent": "Mozilla/5.0 (compatible; download_images.py)", "Accept": "image/*,*/*;q=0.5",
             "Accept-Encoding": "identity"}
 
@@ -130,6 +133,7 @@ def make_session(options: FetchOptions) -> requests.Session:
     session.headers.update(_HEADERS)
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     session.auth = lambda request: request  # nor those of ~/.netrc
+    session.max_redirects = _MOST_REDIRECTS
     retries = Retry(total=options.retries, backoff_factor=0.5, backoff_jitter=0.2, status_forcelist=_BUSY,
                     raise_on_status=False, redirect=0, retry_after_max=_LONGEST_WAIT)
     adapter = _GuardedAdapter(options.allow_private, max_retries=retries, pool_maxsize=options.workers,
@@ -205,8 +209,8 @@ def _final_response(session: requests.Session, address: str, options: FetchOptio
         if response.status_code in _REDIRECTS and target:
             response.close()
             address = urljoin(address, target)
-            if address in seen or len(seen) > _MOST_REDIRECTS:
-                raise Refused(f"redirected in a loop or more than {_MOST_REDIRECTS} times")
+            if address in seen or len(seen) > session.max_redirects:
+                raise Refused(f"redirected in a loop or more than {session.max_redirects} times")
             continue
         announced = response.headers.get("Content-Length", "")
         if response.status_code == 200 and not (announced.isdigit()
@@ -252,25 +256,43 @@ def check_address(address: str, allow_private: bool) -> None:
 
 
 def _refuse_private(host: str, ip: str) -> None:
-    address = ipaddress.ip_address(ip.partition("%")[0])
-    inner = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
-    if not inner.is_global or inner.is_multicast:
+    if not _is_public(ipaddress.ip_address(ip.partition("%")[0])):
         raise Refused(f"{host} is {ip}, on a private network; download_images.py --allow_private true fetches from "
                       "there")
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Tell public unicast addresses; one that carries an IPv4 address (mapped, 6to4, NAT64) is as public as that."""
+    if address.version == 6:
+        carried = address.ipv4_mapped or address.sixtofour
+        if address in _NAT64:
+            carried = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if carried is None:
+            return address in _UNICAST6 and address.is_global and address not in _DOCUMENTATION6
+        address = carried
+    # ipaddress of Python before 3.12.4 takes parts of the first block for public.
+    return address.is_global and not address.is_multicast and not any(address in block for block in _NOT_PUBLIC4)
 
 
 class _GuardedConnection(HTTPConnection):
     """Looks once more at the host that was really reached: a name may change its address between two questions."""
 
-    def connect(self) -> None:
-        super().connect()
-        _refuse_private(self.host, self.sock.getpeername()[0])
+    def _new_conn(self) -> socket.socket:
+        return _guarded(self.host, super()._new_conn())
 
 
 class _GuardedTLSConnection(HTTPSConnection):
-    def connect(self) -> None:
-        super().connect()
-        _refuse_private(self.host, self.sock.getpeername()[0])
+    def _new_conn(self) -> socket.socket:  # before TLS says anything
+        return _guarded(self.host, super()._new_conn())
+
+
+def _guarded(host: str, reached: socket.socket) -> socket.socket:
+    try:
+        _refuse_private(host, reached.getpeername()[0])
+    except Refused:
+        reached.close()
+        raise
+    return reached
 
 
 class _GuardedPool(HTTPConnectionPool):

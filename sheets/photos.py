@@ -7,6 +7,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -35,20 +36,36 @@ def open_photo(path: str | Path) -> Image.Image:
 
     Raises PhotoError with the reason: empty, a web page, no picture, truncated, damaged, too large or too small to see.
     """
+    with _opened(path) as opened:
+        opened.draft(None, (LARGEST_SIDE, LARGEST_SIDE))  # a large JPEG is decoded small
+        _refuse_by_pixels(opened, _MOST_PIXELS)
+        photo = _as_rgb(ImageOps.exif_transpose(opened))
+    if min(photo.size) < SMALLEST_SIDE:
+        raise PhotoError(f"it is too small to see: {photo.width} x {photo.height} pixels")
+    return photo
+
+
+def check_photo(path: str | Path, most_pixels: int) -> None:
+    """Look at a photo file's head: raises PhotoError where it is none or has more pixels; decodes nothing."""
+    with _opened(path) as opened:
+        _refuse_by_pixels(opened, most_pixels)
+
+
+def _refuse_by_pixels(opened: Image.Image, most_pixels: int) -> None:
+    if opened.width * opened.height > most_pixels:
+        raise PhotoError(f"it is too large: {opened.width} x {opened.height} pixels, at most {most_pixels:,} in all")
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """Open a photo file; whatever Pillow raises in the block becomes a PhotoError with the reason."""
     Image.init()  # so that every format is known
     _refuse_by_size(Path(path))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large photos are scaled down below; damaged tags are not needed
+            warnings.simplefilter("ignore")  # large photos are scaled down; damaged tags are not needed
             with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as opened:
-                opened.draft(None, (LARGEST_SIDE, LARGEST_SIDE))  # a large JPEG is decoded small
-                if opened.width * opened.height > _MOST_PIXELS:
-                    raise PhotoError(f"it is too large: {opened.width} x {opened.height} pixels")
-                photo = ImageOps.exif_transpose(opened)
-            photo = _as_rgb(photo)
-            if min(photo.size) < SMALLEST_SIDE:
-                raise PhotoError(f"it is too small to see: {photo.width} x {photo.height} pixels")
-            return photo
+                yield opened
     except PhotoError:
         raise
     except UnidentifiedImageError:
@@ -96,9 +113,10 @@ def _as_rgb(photo: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo).convert("RGB")
 
 
-def open_photos(paths: Sequence[str | Path]) -> list[tuple[str | Path, Image.Image | PhotoError]]:
+def open_photos(paths: Sequence[str | Path], at_once: int = _WORKERS
+                ) -> list[tuple[str | Path, Image.Image | PhotoError]]:
     """Decode photos in worker threads, in order: path and picture, or the reason why not; equal files come once."""
-    workers = _workers()
+    workers = _workers(at_once)
     distinct: dict[str, str | Path] = {}
     for path, content in zip(paths, workers.map(content_key, paths), strict=True):
         distinct.setdefault(content, path)
@@ -151,5 +169,5 @@ def _examine(path: str) -> tuple[str, str, int | None, str]:
 
 
 @cache
-def _workers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_WORKERS, thread_name_prefix="photo")
+def _workers(count: int = _WORKERS) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="photo")

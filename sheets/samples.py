@@ -21,7 +21,7 @@ from config import MissingPhotos, PartialLabels, SheetOptions
 from sheets.addresses import PICTURE
 from sheets.cells import DataError
 from sheets.columns import ProductRow, read_sheet
-from sheets.photos import PhotoError, open_photos
+from sheets.photos import PhotoError, content_key, open_photos
 from sizes.labels import Label, LabelError, parse_label
 from sizes.texts import as_seen
 
@@ -48,6 +48,12 @@ class Sample:
     missing_photos: MissingPhotos = "drop_row"  # what to do when one of them turns out to be broken
     written_label: str = ""  # as it stands in the sheet
     category: str = ""
+    by_content: bool = False  # it is known by its text and photos, not by sheet and row: answered alike wherever it is
+
+    @property
+    def key(self) -> str:
+        """What prepared prompts and random numbers go by."""
+        return _content_of(self.text, self.photos) if self.by_content else f"{self.sheet}/{self.row}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +86,7 @@ def cached_photo_path(address: str, cache_dir: str | Path) -> Path:
 
 def _cached_name(address: str) -> str:
     if address.startswith(PICTURE):
-        return address.removeprefix(PICTURE)
+        return address.removeprefix(PICTURE).rpartition("/")[2]  # a cell may say so too, and must not leave the cache
     # Strings, here and below: a sheet may name a million photos.
     name = address.partition("?")[0].partition("#")[0].rpartition("/")[2]
     _, dot, extension = name.rpartition(".")
@@ -100,6 +106,13 @@ def find_cached_photo(address: str, cache_dir: str | Path) -> str | None:
             if older != path and os.path.isfile(older):
                 return older
     return None
+
+
+@lru_cache(maxsize=1_000)
+def _content_of(text: str, photos: tuple[str, ...]) -> str:
+    """A hash of a text and the bytes of photo files."""
+    parts = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), *map(content_key, photos)]
+    return hashlib.sha256("/".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def load_photos(sample: Sample) -> list[Image.Image]:
@@ -134,7 +147,8 @@ def _warn_once(message: str) -> None:
 
 def load_samples(data_path: str | Path, image_cache_dir: str | Path, missing_photos: MissingPhotos = "use_rest",
                  require_label: bool = True, reading: SheetOptions | None = None,
-                 partial_labels: PartialLabels = "axis") -> tuple[list[Sample], list[RowProblem]]:
+                 partial_labels: PartialLabels = "axis", local_photos: bool = True
+                 ) -> tuple[list[Sample], list[RowProblem]]:
     """Read a sheet into samples, in its order, and the problems of its rows.
 
     missing_photos: "use_rest" uses the photos that are there and leaves a row out when none is; "drop_row" leaves it
@@ -142,9 +156,11 @@ def load_samples(data_path: str | Path, image_cache_dir: str | Path, missing_pho
     A row that names no photo is always used.
     require_label: leave rows without a trustworthy label out; otherwise they get the label ().
     partial_labels: labels of one or two sizes keep their axes ("axis"), lose them ("largest") or are left out ("skip").
+    local_photos: take the files that a sheet names by their path, too.
     Raises DataError when the sheet itself can't be read or lacks a required column.
     """
-    samples, problems = read_rows(data_path, image_cache_dir, missing_photos, require_label, reading, partial_labels)
+    samples, problems = read_rows(data_path, image_cache_dir, missing_photos, require_label, reading, partial_labels,
+                                  local_photos)
     doubts = doubtful_labels(samples)
     if not doubts:
         return samples, problems
@@ -158,12 +174,13 @@ def load_samples(data_path: str | Path, image_cache_dir: str | Path, missing_pho
 
 
 def read_rows(data_path: str | Path, image_cache_dir: str | Path, missing_photos: MissingPhotos, require_label: bool,
-              reading: SheetOptions | None = None, partial_labels: PartialLabels = "axis"
+              reading: SheetOptions | None = None, partial_labels: PartialLabels = "axis", local_photos: bool = True
               ) -> tuple[list[Sample], list[RowProblem]]:
     """Do what load_samples does, but take each label that can be read, likely or not."""
     if missing_photos not in get_args(MissingPhotos):
         raise ValueError(f"missing_photos is {missing_photos!r}; choose {', '.join(get_args(MissingPhotos))}")
-    path, sheet_dir, cache_dir = Path(data_path), str(Path(data_path).parent), str(image_cache_dir)
+    path, cache_dir = Path(data_path), str(image_cache_dir)
+    sheet_dir = str(path.parent) if local_photos else None
     reading = reading or SheetOptions()
     sheet = f"{path.name} [{reading.sheet_name}]" if reading.sheet_name else path.name
     samples, problems = [], []
@@ -209,12 +226,13 @@ def _read_label(text: str, required: bool, partial: PartialLabels) -> tuple[Labe
     return Label(label), []
 
 
-def _find_photos(row: ProductRow, sheet_dir: str, cache_dir: str, missing_photos: MissingPhotos
+def _find_photos(row: ProductRow, sheet_dir: str | None, cache_dir: str, missing_photos: MissingPhotos
                  ) -> tuple[tuple[str, ...], list[str]]:
     photos: dict[str, None] = {}  # in order, each once
     problems = []
     for column, address in row.photos:
-        local = None if "://" in address or address.startswith(PICTURE) else os.path.join(sheet_dir, address)
+        named = sheet_dir is None or "://" in address or address.startswith(PICTURE)
+        local = None if named else os.path.join(sheet_dir, address)
         found = local if local and os.path.isfile(local) else find_cached_photo(address, cache_dir)
         if found is None:
             expected = f"{cache_dir}/{_cached_name(address)}"

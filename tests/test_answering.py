@@ -72,6 +72,22 @@ def test_300_rows_killed_and_resumed(shop, tmp_path):
     assert not journal.exists()
 
 
+def test_the_same_product_is_answered_alike_in_any_row_and_alone(shop, tmp_path, capsys):
+    one, other = sorted((shop / "photos").iterdir())[:2]
+    copy = shutil.copy(one, tmp_path / "copy.png")
+    write_sheet(tmp_path / "twice.xlsx", {"t": [
+        {"text": "box 1", "sku_img": str(one)}, {"text": "box 1", "sku_img": str(other)}, {"text": "box 2"},
+        {"text": "<b>box 1</b>", "sku_img": str(copy)}]})
+    with float64():
+        answering.main(options_for(shop, tmp_path, data_path=str(tmp_path / "twice.xlsx"), num_samples=3))
+        capsys.readouterr()
+        answering.main(options_for(shop, tmp_path, data_path=None, text="box 1", image=[str(copy)], num_samples=3))
+    sheet = sheet_of(tmp_path / "out.xlsx")
+    answers, sure = sheet["answer"].tolist(), float(sheet["confidence"].tolist()[0])
+    assert answers[0] == answers[3] and answers[0] not in answers[1:3]
+    assert f"confidence: {sure:.3f}" in capsys.readouterr().out and 0 < sure < 1
+
+
 def test_the_sheet_keeps_its_own_columns(shop, tmp_path, capsys):
     write_sheet(tmp_path / "own.xlsx", {"t": [
         {"answer": "theirs", "text": "box 1", "": "unnamed", "label": "12 8 15"},
@@ -138,14 +154,16 @@ def address():
 
 def test_one_product_with_a_photo_by_address(shop, tmp_path, address, capsys):
     options = options_for(shop, tmp_path, data_path=None, text="box 1", image=[f"{address}/photo.png?w=9"],
-                          image_cache_dir=str(tmp_path / "cache"), label="12 8 15", num_samples=3)
+                          image_cache_dir=str(tmp_path / "cache"), label="12 8 15", num_samples=3,
+                          allow_private=True)
     answering.main(options)
     said = capsys.readouterr().out
     assert "answer:" in said and "reward:" in said and "of 3 answers" in said
     assert cached_photo_path(f"{address}/photo.png?w=9", tmp_path / "cache").is_file()
-    for wrong, why in ((f"{address}/gone.png", "404"), ("http://127.0.0.1:1/x.png", "fetched")):
+    for wrong, why, private in ((f"{address}/gone.png", "404", True), ("http://127.0.0.1:1/x.png", "fetched", True),
+                                (f"{address}/photo.png", "127.0.0.1, on a private network", False)):
         with pytest.raises(PhotoError, match=why):
-            answering.fetch_photo(wrong, tmp_path / "cache")
+            answering.fetch_photo(wrong, tmp_path / "cache", allow_private=private)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 

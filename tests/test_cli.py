@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("script", ["train_vlm_parallel.py", "run.py", "test_model.py", "export.py", "demo.py",
-                                    "check_data.py", "download_images.py"])
+                                    "check_data.py", "download_images.py", "app/server.py"])
 def test_help_answers_before_torch_is_imported(script):
     done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / script), "--help"], capture_output=True,
                           text=True, timeout=300)

@@ -26,6 +26,8 @@ from models.trainable import parameter_table, set_trainable, warn_without_gradie
 from own_reward import Scorer
 from rounding import float64
 from runs import tags, train_options
+from sheets.photos import content_key
+from sheets.samples import cached_photo_path
 from tiny import adapted, parts_of, sample, three_prompts
 from training.trained import TrainedModel, options_of
 
@@ -430,12 +432,16 @@ def test_whole_weights_are_exported_with_prompt_and_sampling(shop, tmp_path, cap
     assert (sampling.do_sample, sampling.temperature, sampling.top_p, sampling.top_k) == (True, 0.8, 1.0, 0)
     assert sampling.max_new_tokens == 8 and sampling.repetition_penalty == 1.0
     serving = json.loads((tmp_path / "served" / "serving.json").read_text())
+    example = serving["example"]
+    assert example["photos"] == 1 and example["photo_files"] == ["example_0.png"]
+    assert content_key(tmp_path / "served" / "example_0.png") == content_key(
+        cached_photo_path("https://shop.invalid/0.png", shop / "photos"))
     assert serving["user_message"]["2 photos"] == "{text}" and serving["photos"]["at_most"] == 5
     policy = Policy(*load_minicpm(str(tmp_path / "served")))
-    ids = torch.tensor(serving["example"]["prompt_ids"])
+    ids = torch.tensor(example["prompt_ids"])
     assert sampling.eos_token_id == policy.stop_ids.tolist()
-    assert policy.tokenizer.decode(ids) == serving["example"]["prompt"] and "box 0" in serving["example"]["prompt"]
+    assert policy.tokenizer.decode(ids) == example["prompt"] and "box 0" in example["prompt"]
     served = TrainedModel(policy, options_of(str(checkpoint)), Scorer())
     samples = export.choose_samples(merge_options(checkpoint, "x"), training.TrainOptions(
         data_path=str(shop / "data.xlsx"), image_cache_dir=str(shop / "photos")))
-    assert serving["example"]["greedy_answer"] == export.answer(served, samples)[0].answers[0]
+    assert example["greedy_answer"] == export.answer(served, samples)[0].answers[0]

@@ -257,7 +257,9 @@ def test_private_hosts_are_refused_also_after_a_redirect(shop, tmp_path, monkeyp
     assert shop.asked["/secret.png"] == 0
 
 
-def test_a_name_that_changes_its_address_is_refused_before_anything_is_sent(shop, tmp_path, monkeypatch):
+@pytest.fixture
+def changing(monkeypatch):
+    """A name that is a public address when it is looked at, and this machine's when it is connected to."""
     real, answers = socket.getaddrinfo, []
 
     def lookup(host, port, *args, **kwargs):
@@ -267,14 +269,37 @@ def test_a_name_that_changes_its_address_is_refused_before_anything_is_sent(shop
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (answers[-1], port or 0))]
 
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    return answers
+
+
+def test_a_name_that_changes_its_address_is_refused_before_anything_is_sent(shop, tmp_path, changing):
     address = f"http://changing.example:{shop.server_port}/photo.png"
     assert "127.0.0.1, on a private network" in get(shop, tmp_path, address, allow_private=False)[address]
-    assert sum(shop.asked.values()) == 0 and answers == ["93.184.216.34", "127.0.0.1"]
+    assert sum(shop.asked.values()) == 0 and changing == ["93.184.216.34", "127.0.0.1"]
+
+
+def test_no_tls_hello_is_sent_to_a_private_host(tmp_path, changing):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"https://changing.example:{listening.getsockname()[1]}/photo.png"
+        found = get(None, tmp_path, address, allow_private=False)
+        reached, _ = listening.accept()
+        assert reached.recv(1) == b"", "the connection is closed before a byte is sent"
+    assert "127.0.0.1, on a private network" in found[address]
+
+
+def test_a_session_without_redirects(shop, tmp_path):
+    session = fetch.make_session(FetchOptions(**QUICK))
+    session.max_redirects = 0
+    found = fetch.fetch(session, shop.url + "/chain/1", tmp_path, FetchOptions(**QUICK))
+    assert "redirects" in found.reason and shop.asked == {"/chain/1": 1}
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "10.1.2.3", "192.168.0.1", "172.16.0.1", "169.254.1.1",
                                   "100.64.0.1", "0.0.0.0", "[::1]", "[fe80::1]", "[fc00::1]", "[::ffff:10.0.0.1]",
-                                  "2130706433", "0x7f.1", "224.0.0.1", "[2002:7f00:1::]"])
+                                  "2130706433", "0x7f.1", "224.0.0.1", "[2002:7f00:1::]", "[64:ff9b::7f00:1]",
+                                  "[64:ff9b::a9fe:a9fe]", "[64:ff9b:1::808:808]", "[::127.0.0.1]", "[::8.8.8.8]",
+                                  "[fec0::1]", "192.0.0.8", "192.88.99.1", "[::ffff:192.0.0.8]", "[ff02::1]",
+                                  "[3fff::1]", "[100::1]", "[2001:db8::1]", "[2001:0:7f00:1::]"])
 def test_private_addresses_in_any_form(host):
     with pytest.raises(Refused, match="private network"):
         check_address(f"http://{host}/a.png", allow_private=False)
@@ -282,7 +307,7 @@ def test_private_addresses_in_any_form(host):
 
 
 def test_public_addresses_pass():
-    for host in ("8.8.8.8", "[2606:4700::1111]"):
+    for host in ("8.8.8.8", "[2606:4700::1111]", "[64:ff9b::808:808]", "[::ffff:8.8.8.8]", "[2002:808:808::]"):
         check_address(f"https://{host}/a.png", allow_private=False)
 
 

@@ -10,7 +10,7 @@ from loguru import logger
 from PIL import Image
 
 from sheets import photos as photos_module
-from sheets.photos import LARGEST_SIDE, PhotoError, content_key, open_photo, open_photos
+from sheets.photos import LARGEST_SIDE, PhotoError, check_photo, content_key, open_photo, open_photos
 from sheets.samples import Sample, load_photos
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -232,3 +232,19 @@ def test_damaged_bytes_raise_nothing_but_photo_error(tmp_path: Path, capfd):
             except PhotoError:
                 refused += 1
     assert refused > 200
+
+
+def test_a_photos_head_tells_its_size_before_it_is_decoded(tmp_path, monkeypatch):
+    for name in ("plain.jpg", "vast.jpg", "moving.webp", "tagged.tiff"):
+        GOOD[name][0](tmp_path / name)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr(Image.Image, "draft", lambda self, *_: pytest.fail("shrunk"))
+    for name in ("plain.jpg", "moving.webp", "tagged.tiff"):
+        check_photo(tmp_path / name, 64 * 32)
+        with pytest.raises(PhotoError, match="too large: 64 x 32 pixels, at most 2,047"):
+            check_photo(tmp_path / name, 64 * 32 - 1)
+    with pytest.raises(PhotoError, match="9000 x 9000"):  # as the file says, not as it would be shrunk while decoded
+        check_photo(tmp_path / "vast.jpg", 16_000_000)
+    (tmp_path / "page").write_bytes(b"<html>")
+    with pytest.raises(PhotoError, match="web page"):
+        check_photo(tmp_path / "page", 16_000_000)
