@@ -16,7 +16,7 @@ WINGS = {
     "ground": ["errors", "files", "options", "commands"],
     "sizes": ["units", "forms", "labels", "answers", "texts"],
     "sheets": ["photos", "cells", "workbooks", "text_files", "table", "sides", "columns", "samples", "checks",
-               "check_page", "fetch"],
+               "findings", "check_page", "fetch"],
     "models": ["family", "remote_code", "minicpm_remote", "minicpm_v46", "qwen_vl", "shared_prefix", "decoding", "head",
                "lora", "loading", "policy", "trainable", "processes", "sharding"],
     "the algorithm": ["prompts", "reward", "own_reward", "replay_buffer", "loss", "rollout", "update"],
