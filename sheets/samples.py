@@ -25,6 +25,7 @@ from sheets.columns import ProductRow, read_sheet
 from sheets.photos import PhotoError, open_photos
 from sizes.labels import Label, LabelError, parse_label
 from sizes.texts import as_seen
+from sizes.units import as_written
 
 CONTRADICTION = 0.05  # labels of one product that differ by more on a side can't both be true
 _LARGEST_SIZE, _SMALLEST_SIZE = 10_000.0, 0.01  # cm; beyond 100 m or below 0.1 mm a label is wrong
@@ -249,7 +250,8 @@ def doubtful_labels(samples: Sequence[Sample]) -> dict[int, str]:
     for sample in samples:
         for size in sample.label:
             if not _SMALLEST_SIZE <= size <= _LARGEST_SIZE:
-                doubts[sample.row] = f"label impossible: {sample.written_label!r}: no product has a side of {size:g} cm"
+                doubts[sample.row] = (f"label impossible: {sample.written_label!r}: no product has a side of "
+                                      f"{as_written(size)} cm")
     for group in rows_of_products(samples):
         one, other = most_different(group)
         if other is not None and label_gap(one.label, other.label) > CONTRADICTION:

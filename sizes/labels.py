@@ -25,6 +25,7 @@ from sizes.units import (
     UNIT_KEYS,
     UNITS,
     any_of,
+    as_written,
     counts_first,
     to_cm,
     unit_name,
@@ -95,7 +96,7 @@ class Label(tuple[float, ...]):
     def __str__(self) -> str:
         """Write it for a person: 15 x 12 x 8 cm, axes l w h."""
         named = f", axes {' '.join(self.axes)}" if self.axes else ""
-        return f"{' x '.join(f'{size:g}' for size in self)} cm{named}" if self else ""
+        return f"{' x '.join(map(as_written, self))} cm{named}" if self else ""
 
 
 class LabelError(UserError):

@@ -99,6 +99,12 @@ def to_cm(number: float, unit: str) -> float:
     return number * first / second
 
 
+def as_written(number: float, digits: int = 6) -> str:
+    """Write a positive number as a person does: so many digits that matter, and no exponent."""
+    short = f"{number:.{digits}g}"
+    return short if "e" not in short else f"{number:.0f}" if number >= 1 else f"{number:.6f}".rstrip("0").rstrip(".")
+
+
 def counts_first(numbers: Sequence[float]) -> bool:
     """Tell whether three numbers may be two sizes with a count in front, as in 2*48*74."""
     return len(numbers) == 3 and numbers[0] in (2, 3, 4, 5, 6) and min(numbers[1:]) >= 10 * numbers[0]
