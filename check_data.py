@@ -47,7 +47,7 @@ from sheets.samples import (
 )
 from sheets.table import as_many_as_fit, write_table
 
-_BRIEF = 24  # characters of a text that stay in memory
+_BRIEF = 40  # characters of a text that stay in memory: as many as are shown of what rows share
 
 
 @dataclass
@@ -59,13 +59,13 @@ class SheetCheck:
     usable: list[Sample]  # those that would be trained on
     header: Sequence[str]
     file: RowFile  # every row, with what is wrong with it by itself
-    found: list[RowProblem]  # what several rows tell together
+    findings: list[RowProblem]  # what several rows tell together
     verdict: str = ""  # why training would not start
 
     def by_row(self) -> Iterator[tuple[FoundRow, list[RowProblem]]]:
         """Give each row and all its problems, each once; it is used if it would be trained on."""
         used = {sample.row for sample in self.usable}
-        found = groupby(sorted(self.found, key=lambda problem: problem.row), key=lambda problem: problem.row)
+        found = groupby(sorted(self.findings, key=lambda problem: problem.row), key=lambda problem: problem.row)
         number, more = next(found, (None, ()))
         for row in self.file:
             problems = row.problems
@@ -91,13 +91,13 @@ def check(options: CheckDataOptions) -> bool:
         checks.append(inspect_rows(options.eval_path, held_out_sheet(options), options, names[1][1]))
     seen = see_photos([sample for each in checks for sample in each.rows], options.max_photos)
     for each in checks:
-        each.found += [*look_across(each.rows), *look_at_photos(each.rows, seen)]
+        each.findings += [*look_across(each.rows), *look_at_photos(each.rows, seen)]
     first, last = checks[0], checks[-1]
     training, held_out = ((first.usable, last.usable) if options.eval_path
                           else split_held_out(first.usable, options.eval_fraction))
     if first.usable and not training:
         first.verdict = first.verdict or f"all {len(first.usable)} usable products are held out by --eval_fraction"
-    last.found += leaks(training, held_out, seen)
+    last.findings += leaks(training, held_out, seen)
     verdict = first.verdict or last.verdict
     conclusion = (f"training would not start: {verdict}" if verdict else
                   f"training would start: {len(training)} rows to train on, {len(held_out)} held out; "
@@ -137,7 +137,7 @@ def inspect_rows(path: str, reading: SheetOptions, options: CheckDataOptions, ou
     doubts = doubtful_labels(found.usable)
     found.usable = [sample for sample in found.usable if sample.row not in doubts]
     doubts = doubtful_labels(found.rows)
-    found.found = [RowProblem(sample.row, sample.product_id, doubts[sample.row], False) for sample in found.rows
+    found.findings = [RowProblem(sample.row, sample.product_id, doubts[sample.row], False) for sample in found.rows
                    if sample.row in doubts]
     try:
         require_usable(found.usable, found.problems(), path, options.image_cache_dir)
@@ -202,7 +202,7 @@ def summarise(found: SheetCheck, tally: Tally, examples: int = 3, outliers_shown
     """Write the console summary: how many rows, what is wrong with how many of them, the first of each kind."""
     lines = [f"{found.path}: {count_rows(found)}", f"{len(found.usable)} rows would be used, {tally.lost} left out",
              describe_labels(found.usable)]
-    apart, alike = (len({problem.product_id for problem in found.found if problem.kind == kind})
+    apart, alike = (len({problem.product_id for problem in found.findings if problem.kind == kind})
                     for kind in ("labels contradict", "label written differently"))
     if apart + alike:
         lines.append(f"products with labels written differently: {apart + alike}; of these {apart} contradict each "
@@ -210,7 +210,7 @@ def summarise(found: SheetCheck, tally: Tally, examples: int = 3, outliers_shown
     labelled = sum(bool(sample.label) for sample in found.rows)
     if labelled < FEWEST:
         lines.append(f"labelled rows: {labelled}, too few to say which labels are outliers (it takes {FEWEST})")
-    worst = [problem for problem in found.found if problem.kind == "label outlier"]  # in this order
+    worst = [problem for problem in found.findings if problem.kind == "label outlier"]  # in this order
     for name, kind in tally.worst_first().items():
         lines.append(f"{name} ({kind.rows} of the rows)")
         shown = ([(problem.row, [problem]) for problem in worst[:outliers_shown]] if name == "label outlier" else

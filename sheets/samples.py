@@ -50,8 +50,7 @@ class Sample:
     category: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class RowProblem:
+class RowProblem(NamedTuple):
     """Something wrong with one row. The kind of problem is what stands before the first colon of `problem`."""
 
     row: int
@@ -159,7 +158,7 @@ def load_samples(data_path: str | Path, image_cache_dir: str | Path, missing_pho
     if not doubts:
         return samples, problems
     if require_label:  # what is said of a row that is now left out must not call it used
-        problems = [replace(problem, used=problem.used and problem.row not in doubts) for problem in problems]
+        problems = [problem._replace(used=problem.used and problem.row not in doubts) for problem in problems]
     problems += [RowProblem(sample.row, sample.product_id, doubts[sample.row], not require_label)
                  for sample in samples if sample.row in doubts]
     samples = [sample if sample.row not in doubts else replace(sample, label=Label()) for sample in samples

@@ -288,6 +288,15 @@ def test_the_rows_called_used_are_those_that_training_uses(rule, partial, tmp_pa
     assert f"; {photos} photos" in printed
 
 
+def test_what_rows_share_is_named_by_its_beginning_every_time(tmp_path, monkeypatch, capsys):
+    text = "A sofa for the living room, of which there are many variants in many colours"
+    rows = [[text, f"{180 + row} x 90 x 80 cm"] for row in range(25)]
+    write_table(tmp_path / "data.csv", [["text", "label"], *rows, [text, "19000 x 90 x 80 mm"], [text, "2 x 1 x 1 cm"]])
+    check_here(tmp_path, monkeypatch)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("    row 28"))
+    assert line.endswith("times shorter than the usual 192 cm of " + text[:40])
+
+
 def test_memory_grows_little_with_rows_their_texts_and_their_problems(tmp_path, monkeypatch, capsys):
     def peak(count):
         rows = ([f"mug {row} " + "x" * 1000, "4-seat", *(f"https://x.invalid/{row}/{place}" for place in range(3))]
