@@ -268,6 +268,8 @@ def _units_of(own: list[str | None], outside: list[str], separators: list[str]) 
 def _numbers_of(written: list[str], units: list[str], separators: list[str], has_axes: bool, has_unit: bool
                 ) -> list[float]:
     """Convert numbers as written, judging their commas and fractions by one another."""
+    if all(number.isdecimal() and number[0] != "0" for number in written):
+        return [float(number) for number in written]  # most are: nothing to judge
     pointed = [bool(_POINTED.fullmatch(number)) for number in written]
     if any(pointed) and all(UNITS[unit] == MM for unit in units):
         whole = [number for number, points in zip(written, pointed, strict=True) if not points]
