@@ -3,7 +3,8 @@
     python check_data.py --data_path data.xlsx --image_cache_dir image_cache_new
 
 Takes the data options of training. Prints a summary, writes a page with thumbnails and the sheet back with a `problem`
-column. The exit status is 0 when training would start, 1 when it would not, 2 when the sheet can't be read.
+column, a workbook as .xlsx and any other sheet as .csv. The exit status is 0 when training would start, 1 when it would
+not, 2 when the sheet can't be read.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
@@ -12,8 +13,10 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 
     start(CheckDataOptions, "Look at a sheet before training.")
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, groupby
 from pathlib import Path
 
 from loguru import logger
@@ -24,10 +27,11 @@ from ground.errors import OptionError
 from ground.files import write_text
 from ground.options import held_out_sheet
 from prompts import build_prompt, read_template
+from sheets import workbooks
 from sheets.check_page import html_page
-from sheets.checks import FEWEST, count_kinds, leaks, look_at_photos, look_over, outliers
-from sheets.columns import header_rows
-from sheets.photos import examine_photos
+from sheets.checks import FEWEST, against_text, leaks, look_across, look_at_photos
+from sheets.findings import FoundRow, RowFile, Tally
+from sheets.photos import SeenPhoto, examine_photos
 from sheets.samples import (
     CONTRADICTION,
     WITHOUT_PHOTOS,
@@ -37,13 +41,14 @@ from sheets.samples import (
     count_photos,
     describe_labels,
     doubtful_labels,
-    load_samples,
+    judge_rows,
     obey_bad_rows,
-    read_rows,
     require_usable,
     split_held_out,
 )
-from sheets.table import read_table, write_table
+from sheets.table import as_many_as_fit, write_table
+
+_BRIEF = 40  # characters of a text that stay in memory: as many as are shown of what rows share
 
 
 @dataclass
@@ -51,90 +56,128 @@ class SheetCheck:
     """What was found in one sheet."""
 
     path: str
-    reading: SheetOptions
-    rows: list[Sample]  # all rows with a text, the label () where none can be read
+    rows: list[Sample]  # all rows with a text, which is in brief, the label () where none can be read
     usable: list[Sample]  # those that would be trained on
-    losses: list[RowProblem]  # why others would not
-    problems: list[RowProblem]  # everything that was found
+    header: Sequence[str]
+    file: RowFile  # every row, with what is wrong with it by itself
+    findings: list[RowProblem]  # what several rows tell together
     verdict: str = ""  # why training would not start
 
-    def sort_out(self) -> None:
-        """Put the problems in order, each once; whether a row is used is decided by what would be trained on."""
+    def by_row(self) -> Iterator[tuple[FoundRow, list[RowProblem]]]:
+        """Give each row and all its problems, each once; it is used if it would be trained on."""
         used = {sample.row for sample in self.usable}
-        self.problems = sorted({RowProblem(problem.row, problem.product_id, problem.problem, problem.row in used): None
-                                for problem in self.problems}, key=lambda problem: problem.row)
+        found = groupby(sorted(self.findings, key=lambda problem: problem.row), key=lambda problem: problem.row)
+        number, more = next(found, (None, ()))
+        for row in self.file:
+            problems = row.problems
+            if row.number == number:
+                problems = [*problems, *(problem.problem for problem in more)]
+                number, more = next(found, (None, ()))
+            yield row, [RowProblem(row.number, row.product_id, problem, row.number in used)
+                        for problem in dict.fromkeys(problems)]
+
+    def problems(self) -> Iterator[RowProblem]:
+        """Give all problems in the order of rows."""
+        return chain.from_iterable(problems for _, problems in self.by_row())
 
 
 def check(options: CheckDataOptions) -> bool:
     """Look at the sheet, and the held-out one; print, write page and sheet back; say whether training would start."""
-    checks = [inspect_rows(options.data_path, options, options)]
+    stem = Path(options.data_path).stem
+    names = [(options.html_path or f"{stem}.check.html",
+              options.output_path or f"{stem}.check{kind_of(options.data_path)}"),
+             (f"{stem}.check.held_out.html", f"{stem}.check.held_out{kind_of(options.eval_path or '')}")]
+    checks = [inspect_rows(options.data_path, options, options, names[0][1])]
     if options.eval_path:
-        checks.append(inspect_rows(options.eval_path, held_out_sheet(options), options))
+        checks.append(inspect_rows(options.eval_path, held_out_sheet(options), options, names[1][1]))
     seen = see_photos([sample for each in checks for sample in each.rows], options.max_photos)
     for each in checks:
-        each.problems += [*look_over(each.rows), *look_at_photos(each.rows, seen), *too_long(each.rows, options)]
+        each.findings += [*look_across(each.rows), *look_at_photos(each.rows, seen)]
     first, last = checks[0], checks[-1]
     training, held_out = ((first.usable, last.usable) if options.eval_path
                           else split_held_out(first.usable, options.eval_fraction))
     if first.usable and not training:
         first.verdict = first.verdict or f"all {len(first.usable)} usable products are held out by --eval_fraction"
-    last.problems += list(leaks(training, held_out, {path: content for path, (content, _, _) in seen.items()}))
+    last.findings += leaks(training, held_out, seen)
     verdict = first.verdict or last.verdict
     conclusion = (f"training would not start: {verdict}" if verdict else
                   f"training would start: {len(training)} rows to train on, {len(held_out)} held out; "
-                  f"{count_photos(first.usable, first.losses)}")
-    stem = Path(options.data_path).stem
-    names = [(options.html_path or f"{stem}.check.html", options.output_path or f"{stem}.check.xlsx"),
-             (f"{stem}.check.held_out.html", f"{stem}.check.held_out.xlsx")]
+                  f"{count_photos(first.usable, first.problems())}")
     for each, (page, sheet) in zip(checks, names, strict=False):
-        each.sort_out()
-        print(summarise(each))
-        write_text(page, html_page(each.path, each.rows, each.problems, conclusion))
-        write_table(sheet, with_problems(each))
+        tally = Tally()
+        write_table(sheet, rows_back(each, tally))
+        print(summarise(each, tally))
+        write_text(page, html_page(each.path, count_rows(each), tally.worst_first(), conclusion, seen))
         print(f"written: {page}, {sheet}\n")
     print(conclusion)
     return not verdict
 
 
-def inspect_rows(path: str, reading: SheetOptions, options: CheckDataOptions) -> SheetCheck:
-    """Read a sheet twice: every row as it is, and as training would."""
-    rows, problems = read_rows(path, options.image_cache_dir, "text_only", False, reading, options.partial_labels)
-    usable, losses = load_samples(path, options.image_cache_dir, options.missing_photos, reading=reading,
-                                  partial_labels=options.partial_labels)
-    doubts = doubtful_labels(rows)
-    problems += [problem for problem in losses if problem.kind == "label missing"]
-    problems += [RowProblem(sample.row, sample.product_id, doubts[sample.row], False) for sample in rows
-                 if sample.row in doubts]
-    found = SheetCheck(path, reading, rows, usable, losses, problems)
+def kind_of(path: str) -> str:
+    """Choose the kind of the sheet that is written back: a workbook for a workbook, else .csv, which has no end."""
+    return ".xlsx" if Path(path).suffix.lower() in workbooks.KINDS else ".csv"
+
+
+def inspect_rows(path: str, reading: SheetOptions, options: CheckDataOptions, output: str) -> SheetCheck:
+    """Read a sheet once, its rows as they are and as training would take them. output: where it is to be written."""
+    found = SheetCheck(path, [], [], (), RowFile(Path(output).parent), [])
+    too_long = length_check(options)
+    for judged in as_many_as_fit(output, judge_rows(path, options.image_cache_dir, options.missing_photos, True,
+                                                    reading, options.partial_labels)):
+        sample, problems, found.header = judged.sample, judged.problems, judged.row.header
+        there = sample.photos
+        if options.missing_photos == "placeholder":
+            there = tuple(filter(os.path.isfile, there))
+        if sample.text:
+            problems = [*problems, *against_text(sample), *too_long(sample.text)]
+            found.rows.append(replace(sample, text=in_brief(sample.text), photos=there))
+        if judged.used:
+            found.usable.append(found.rows[-1] if there == sample.photos else sample)
+        found.file.add(FoundRow(sample.row, sample.product_id, judged.row.cells, sample.text, sample.written_label,
+                                str(sample.label), there, problems))
+    doubts = doubtful_labels(found.usable)
+    found.usable = [sample for sample in found.usable if sample.row not in doubts]
+    doubts = doubtful_labels(found.rows)
+    found.findings = [RowProblem(sample.row, sample.product_id, doubts[sample.row], False) for sample in found.rows
+                   if sample.row in doubts]
     try:
-        require_usable(usable, losses, path, options.image_cache_dir, WITHOUT_PHOTOS)
-        obey_bad_rows(losses, path, options.on_bad_row)
+        require_usable(found.usable, found.problems(), path, options.image_cache_dir, WITHOUT_PHOTOS)
+        obey_bad_rows(found.problems(), path, options.on_bad_row)
     except DataError as problem:
         found.verdict = str(problem)
     return found
 
 
-def see_photos(samples: Sequence[Sample], most: int) -> dict[str, tuple[str, int | None, str]]:
-    """Open at most so many photos: path -> content key, look, fault."""
-    paths = list(dict.fromkeys(photo for sample in samples for photo in sample.photos))
-    if len(paths) > most:
-        logger.warning(f"{most} of {len(paths)} photos are opened (--max_photos)")
-    opened = tqdm(examine_photos(paths[:most]), total=min(len(paths), most), unit="photo", disable=None)
-    return {path: (content, look, fault) for path, content, look, fault in opened}
+def in_brief(text: str) -> str:
+    """Stand in for a text where texts are only compared, so that a million need not be in memory."""
+    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]} ... {hash(text):x}"
 
 
-def too_long(samples: Sequence[Sample], options: CheckDataOptions) -> Iterator[RowProblem]:
-    """Find rows whose text alone is longer than the prompt may be: they can't be rolled out."""
+def see_photos(samples: Sequence[Sample], most: int) -> dict[str, SeenPhoto]:
+    """Open at most so many photos, each once; path -> what was seen."""
+    named = (photo for sample in samples for photo in sample.photos)
+    paths: dict[str, None] = {}
+    while len(paths) < most and (path := next(named, None)):
+        paths[path] = None
+    if any(path not in paths for path in named):
+        logger.warning(f"the first {most} photos are opened, not the others (--max_photos)")
+    return dict(tqdm(examine_photos(paths), total=len(paths), unit="photo", disable=None))
+
+
+def length_check(options: CheckDataOptions) -> Callable[[str], Iterator[str]]:
+    """Make the function that tells a text which alone is longer than the prompt may be: it can't be rolled out."""
     if not options.max_prompt_length:
-        return
-    template = read_template(options.prompt_file)
-    count = token_counter(options.model_path)
-    for sample in samples:
-        tokens = count(build_prompt(sample.text, (), options.prompt_language, template))
+        return lambda text: iter(())
+    count, template = token_counter(options.model_path), read_template(options.prompt_file)
+    about = "" if options.model_path else "about "
+
+    def too_long(text: str) -> Iterator[str]:
+        tokens = count(build_prompt(text, (), options.prompt_language, template))
         if tokens > options.max_prompt_length:
-            about = "" if options.model_path else "about "
-            yield RowProblem(sample.row, sample.product_id, f"text too long: {about}{tokens} tokens without photos, "
-                             f"--max_prompt_length is {options.max_prompt_length}", True)
+            yield (f"text too long: {about}{tokens} tokens without photos, --max_prompt_length is "
+                   f"{options.max_prompt_length}")
+
+    return too_long
 
 
 def token_counter(model_path: str | None) -> Callable[[str], int]:
@@ -150,48 +193,44 @@ def token_counter(model_path: str | None) -> Callable[[str], int]:
     return lambda text: len(tokenizer.encode(text).ids)
 
 
-def summarise(found: SheetCheck, examples: int = 3, outliers_shown: int = 10) -> str:
+def count_rows(found: SheetCheck) -> str:
+    """Say how many rows a sheet has."""
+    return (f"{len(found.rows)} rows with a text, {sum(bool(sample.label) for sample in found.rows)} with a readable "
+            f"label, {sum(len(sample.photos) for sample in found.rows)} photos there")
+
+
+def summarise(found: SheetCheck, tally: Tally, examples: int = 3, outliers_shown: int = 10) -> str:
     """Write the console summary: how many rows, what is wrong with how many of them, the first of each kind."""
-    labelled = sum(bool(sample.label) for sample in found.rows)
-    lost = {problem.row for problem in found.problems if not problem.used}
-    lines = [f"{found.path}: {len(found.rows)} rows with a text, {labelled} with a readable label, "
-             f"{sum(len(sample.photos) for sample in found.rows)} photos there",
-             f"{len(found.usable)} rows would be used, {len(lost)} left out", describe_labels(found.usable)]
-    of_kind: dict[str, list[RowProblem]] = {}
-    for problem in found.problems:
-        of_kind.setdefault(problem.kind, []).append(problem)
-    of_kind["label outlier"] = outliers(found.rows)  # the worst first
-    apart, alike = (len({problem.product_id for problem in of_kind.get(kind, ())})
+    lines = [f"{found.path}: {count_rows(found)}", f"{len(found.usable)} rows would be used, {tally.lost} left out",
+             describe_labels(found.usable)]
+    apart, alike = (len({problem.product_id for problem in found.findings if problem.kind == kind})
                     for kind in ("labels contradict", "label written differently"))
     if apart + alike:
         lines.append(f"products with labels written differently: {apart + alike}; of these {apart} contradict each "
                      f"other, by more than {CONTRADICTION:.0%} on a side")
+    labelled = sum(bool(sample.label) for sample in found.rows)
     if labelled < FEWEST:
         lines.append(f"labelled rows: {labelled}, too few to say which labels are outliers (it takes {FEWEST})")
-    for kind, count in count_kinds(found.problems).items():
-        lines.append(f"{kind} ({count} of the rows)")
-        lines += [f"    row {problem.row} ({problem.product_id}): {problem.detail[:150]}"
-                  for problem in of_kind[kind][:outliers_shown if kind == "label outlier" else examples]]
+    worst = [problem for problem in found.findings if problem.kind == "label outlier"]  # in this order
+    for name, kind in tally.worst_first().items():
+        lines.append(f"{name} ({kind.rows} of the rows)")
+        shown = ([(problem.row, [problem]) for problem in worst[:outliers_shown]] if name == "label outlier" else
+                 [(row.number, problems) for row, problems in kind.first[:examples]])
+        lines += [f"    row {row} ({problems[0].product_id}): {problems[0].detail[:150]}"
+                  + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "") for row, problems in shown]
     return "\n".join(lines)
 
 
-def with_problems(found: SheetCheck) -> Iterator[list[str]]:
-    """Give the sheet's rows back with their number, what was read as label, and problems in three more columns."""
-    said: dict[int, list[str]] = {}
-    for problem in found.problems:
-        said.setdefault(problem.row, []).append(problem.problem + ("" if problem.used else " (left out)"))
-    read = {sample.row: str(sample.label) for sample in found.rows}
-    header = header_rows(found.path, found.reading, ("text",))
-    width = 0
-    for number, cells in read_table(found.path, found.reading):
-        cells = [*cells, *[""] * (width - len(cells))]
-        if number == header[0]:
-            width = len(cells)
-            yield [*cells, "row", "read", "problem"]
-        elif number in header:
-            yield [*cells, "", "", ""]
-        elif number > header[-1]:
-            yield [*cells, str(number), read.get(number, ""), "\n".join(said.get(number, []))]
+def rows_back(found: SheetCheck, tally: Tally) -> Iterator[list[str]]:
+    """Give the sheet's rows back with their number, what was read as label, and problems in three more columns.
+
+    Counts the problems of the rows that go by.
+    """
+    yield [*found.header, "row", "read", "problem"]
+    for row, problems in found.by_row():
+        tally.add(row, problems)
+        said = [problem.problem + ("" if problem.used else " (left out)") for problem in problems]
+        yield [*row.cells, str(row.number), row.read, "\n".join(said)]
 
 
 def main(options: CheckDataOptions) -> int:

@@ -329,11 +329,14 @@ class DownloadOptions(FetchOptions, SheetOptions):
 class CheckDataOptions(DataOptions):
     """What to check"""
 
-    max_photos: int = option(5000, "photos opened to see whether they are whole; 0 opens none", within="[0, inf)")
+    max_photos: int = option(5000, "photos opened, to see whether they are whole and to show them; 0 opens none",
+                             within="[0, inf)")
     model_path: str | None = option(
         None, "folder of the model whose tokenizer counts for max_prompt_length; default: an estimate")
     html_path: str | None = option(None, "the page to write; default: the sheet's name + .check.html")
-    output_path: str | None = option(None, "the sheet to write back; default: the sheet's name + .check.xlsx")
+    output_path: str | None = option(
+        None, "the sheet to write back, .xlsx, .csv or .tsv; default: the sheet's name + .check.xlsx for a workbook, "
+              "+ .check.csv for any other sheet, which may have more rows than an .xlsx holds")
 
 
 @dataclass

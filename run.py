@@ -194,13 +194,15 @@ def settings(options: CompareOptions, trained: TrainOptions) -> dict:
     """What a reader of the report needs to know of how it came about."""
     how = "one greedy answer a product" if options.greedy else (
         f"{options.num_samples} answers a product, sampled at temperature {trained.temperature}")
+    rows = (f"{options.data_path or trained.eval_path or trained.data_path}"
+            + ("" if options.data_path else f", {options.rows.replace('_', ' ')}"))
     facts = [how, f"at most {trained.max_length} new tokens, seed {options.seed}",
              f"reward: {' + '.join(options.reward or trained.reward) or 'size, the built-in one'}",
-             f"rows: {options.data_path or trained.eval_path or trained.data_path}"
-             + ("" if options.data_path else f", {options.rows.replace('_', ' ')}"),
+             f"rows: {rows}",
              f"training: {trained.max_steps} steps, learning rate {trained.lr:g}, kl_weight {trained.kl_weight:g}, "
              f"{trained.batch_size} products x {trained.group_size} answers a step, seed {trained.seed}"]
-    return {"how": how, "rows": "named" if options.data_path else options.rows, "made": time.strftime("%Y-%m-%d %H:%M"),
+    return {"how": how, "sheet": rows, "rows": "named" if options.data_path else options.rows,
+            "made": time.strftime("%Y-%m-%d %H:%M"),
             "facts": facts, "promise": options.accept_error, "temperature": None if options.greedy else
             trained.temperature, "num_samples": 1 if options.greedy else options.num_samples, "seed": options.seed,
             "trained_with": asdict(trained)}

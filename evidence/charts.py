@@ -12,7 +12,7 @@ from typing import Any
 
 COLOURS = ("#8b95a1", "#1f6feb", "#d1495b", "#2a9d8f", "#b8860b", "#7b4fa3")
 TRUE_COLOUR = "#dfe4ea"
-_TOO_LARGE = 2.5  # an answer's box this many times the true one's largest side is not drawn
+_TOO_LARGE = 25  # an answer's box more times the true one would leave too little of the true one to see
 _DEPTH = 0.4  # the middle side runs back at an angle, foreshortened
 _WIDTH = 400  # of matplotlib's pictures: narrow, so that their text can be read on a phone
 _STYLE = {
@@ -60,7 +60,7 @@ def histogram_svg(counts: Mapping[str, Sequence[int]]) -> str:
 
 def risk_svg(curves: Mapping[str, Sequence[Sequence[float]]], promise: float) -> str:
     """Draw the share of wrong products (up) over the share accepted (right). curves: (threshold, coverage, risk)."""
-    names = [*curves, "the promise"]
+    names = [*curves, f"promised: at most {promise:.0%} wrong"]
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -94,8 +94,7 @@ def boxes_svg(label: Sequence[float], answers: Mapping[str, Sequence[float]]) ->
     """
     if not label:
         return ""
-    limit = _TOO_LARGE * max(label)
-    drawn = {name: _three(sizes) for name, sizes in answers.items() if sizes and max(sizes) <= limit}
+    drawn = {name: _three(sizes) for name, sizes in answers.items() if sizes and not times_too_large(label, sizes)}
     true = _three(label)
     reach = max(max(right + _DEPTH * back, 1.6 * (up + _DEPTH * back))
                 for right, back, up in [true, *drawn.values()])
@@ -109,9 +108,10 @@ def boxes_svg(label: Sequence[float], answers: Mapping[str, Sequence[float]]) ->
     return "".join([*parts, "</svg>"])
 
 
-def too_large(label: Sequence[float], sizes: Sequence[float]) -> bool:
-    """Tell whether boxes_svg leaves an answer out."""
-    return bool(label and sizes) and max(sizes) > _TOO_LARGE * max(label)
+def times_too_large(label: Sequence[float], sizes: Sequence[float]) -> float:
+    """Say how many times the true size an answer is that boxes_svg leaves out; 0 where it is drawn."""
+    times = max(sizes) / max(label) if label and sizes else 0
+    return times if times > _TOO_LARGE else 0
 
 
 def _colour(index: int) -> str:
@@ -159,7 +159,7 @@ def _lines(axes: Any, series: Iterable[Sequence[tuple[float, float]]]) -> None:
 
 
 def _legend(figure: Any, lines: Sequence[Any], names: Sequence[str]) -> None:
-    legend = figure.legend(lines, [str(index) for index in range(len(names))], loc="outside lower left",
+    legend = figure.legend(lines, [str(index) for index in range(len(names))], loc="outside upper left",
                            labelcolor="linecolor")
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_text(_wrapped(name))  # not above, where a name that begins with _ is left out

@@ -8,6 +8,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 from evidence import charts
 from evidence.comparison import outcome
 from evidence.evaluation import FIGURES
+from evidence.report import sizes_text
 from ground.files import write_text
 from sheets.samples import PhotoError, Sample, load_photos
 
@@ -31,9 +33,9 @@ def write_page(path: Path, report: Mapping[str, Any], curve: Mapping[str, Sequen
     """Write the page of a report; curve: the training run's rewards over steps, empty when they are gone."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters["sizes"] = lambda sizes: " x ".join(f"{size:.4g}" for size in sizes)
+    environment.filters["sizes"] = partial(sizes_text, digits=4)
     environment.globals.update(number=lambda keys, form: number(report, keys, form), figures=FIGURES,
-                               pictures=pictures(report, curve), too_large=charts.too_large,
+                               pictures=pictures(report, curve), times_too_large=charts.times_too_large,
                                interval=lambda line, reach: Markup(charts.interval_svg(
                                    line.get("change", line.get("mean")), *line["interval"], reach)))
     products = report["products"]

@@ -7,6 +7,7 @@ from typing import Any
 from evidence.comparison import SAME_WITHIN
 from evidence.evaluation import FIGURES, Record
 from sheets.table import write_tables
+from sizes.units import as_written
 
 _ON_CONSOLE = ("mean_reward", "success_rate", "failure_rate", "zero_rate", "within_10", "volume_error", "valid_rate")
 
@@ -22,9 +23,9 @@ def summary_table(summaries: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def sizes_text(sizes: Sequence[float]) -> str:
-    """Write sizes as 15 x 12 x 8."""
-    return " x ".join(f"{size:g}" for size in sizes)
+def sizes_text(sizes: Sequence[float], digits: int = 6) -> str:
+    """Write sizes as 15 x 12 x 8, with so many digits at most that matter."""
+    return " x ".join(as_written(size, digits) for size in sizes)
 
 
 def product_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,17 +1,14 @@
 """What check_data.py found, as one page for a browser: no script, nothing loaded, every word of the sheet as text."""
 
 import base64
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import islice
 
-from sheets.checks import count_kinds
-from sheets.photos import PhotoError, open_photo
-from sheets.samples import RowProblem, Sample
+from sheets.findings import FoundRow, Kind
+from sheets.photos import SeenPhoto
+from sheets.samples import RowProblem
 
-_SHOWN_ROWS, _SHOWN_PHOTOS, _SHOWN_TEXT = 100, 5, 300  # rows of a kind, photos of a row, characters of a text
-_THUMBNAIL = 96  # pixels
+_SHOWN_PHOTOS, _SHOWN_TEXT = 5, 300  # photos of a row, characters of a text
 _STYLE = """
 body { font: 15px/1.45 system-ui, "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif; color: #1f2933;
        margin: 0 auto; max-width: 1200px; padding: 24px; }
@@ -34,14 +31,15 @@ img { max-width: 96px; max-height: 96px; margin: 0 4px 4px 0; border: 1px solid 
 """
 
 
-def html_page(path: str, rows: Sequence[Sample], problems: Sequence[RowProblem], conclusion: str) -> str:
-    """Write the page: the conclusion, the kinds of problem, and the first rows of each with their photos."""
-    counts = count_kinds(problems)
-    samples = {sample.row: sample for sample in rows}
-    index = "".join(f'<tr><td><a href="#{place}">{escape(kind)}</a></td><td>{count}</td></tr>'
-                    for place, (kind, count) in enumerate(counts.items()))
-    sections = [_section(place, kind, [problem for problem in problems if problem.kind == kind], samples)
-                for place, kind in enumerate(counts)]
+def html_page(path: str, summary: str, kinds: Mapping[str, Kind], conclusion: str, seen: Mapping[str, SeenPhoto]
+              ) -> str:
+    """Write the page: what the sheet holds, the conclusion, the kinds of problem, the first rows of each with photos.
+
+    seen: path -> what was seen of a photo, where it was opened.
+    """
+    index = "".join(f'<tr><td><a href="#{place}">{escape(name)}</a></td><td>{kind.rows}</td></tr>'
+                    for place, (name, kind) in enumerate(kinds.items()))
+    sections = [_section(place, name, kind, seen) for place, (name, kind) in enumerate(kinds.items())]
     would_not = " not" if "would not start" in conclusion else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -54,7 +52,7 @@ def html_page(path: str, rows: Sequence[Sample], problems: Sequence[RowProblem],
 </head>
 <body>
 <h1>{escape(path)}</h1>
-<p>{len(rows)} rows with a text, {sum(bool(sample.label) for sample in rows)} with a readable label.</p>
+<p>{escape(summary)}.</p>
 <p class="conclusion{would_not}">{escape(conclusion)}</p>
 <table class="counts"><tr><th>kind</th><th>rows</th></tr>{index}</table>
 {"".join(sections)}
@@ -63,40 +61,31 @@ def html_page(path: str, rows: Sequence[Sample], problems: Sequence[RowProblem],
 """
 
 
-def _section(place: int, kind: str, problems: Sequence[RowProblem], samples: dict[int, Sample]) -> str:
-    of_row: dict[int, list[RowProblem]] = {}
-    for problem in problems:
-        of_row.setdefault(problem.row, []).append(problem)
-    lines = "".join(_line(together, samples.get(row)) for row, together in islice(of_row.items(), _SHOWN_ROWS))
-    more = f"<p>... and {len(of_row) - _SHOWN_ROWS} more rows; the sheet that was written back names all.</p>"
-    return f"""<h2 id="{place}">{escape(kind)}</h2>
+def _section(place: int, name: str, kind: Kind, seen: Mapping[str, SeenPhoto]) -> str:
+    lines = "".join(_line(row, problems, seen) for row, problems in kind.first)
+    more = f"<p>... and {kind.rows - len(kind.first)} more rows; the sheet that was written back names all.</p>"
+    return f"""<h2 id="{place}">{escape(name)}</h2>
 <table class="rows"><tr><th class="number">row</th><th class="id">product</th><th>text</th><th class="label">label</th>
 <th class="label">read</th><th>problem</th><th class="photos">photos</th></tr>
 {lines}</table>
-{more if len(of_row) > _SHOWN_ROWS else ""}"""
+{more if kind.rows > len(kind.first) else ""}"""
 
 
-def _line(problems: Sequence[RowProblem], sample: Sample | None) -> str:
+def _line(row: FoundRow, problems: Sequence[RowProblem], seen: Mapping[str, SeenPhoto]) -> str:
     """Lay out one row of the sheet with its problems of one kind."""
-    text, label, read, photos = ((sample.text, sample.written_label, str(sample.label or ""), sample.photos) if sample
-                                 else ("", "", "", ()))
-    shown = text if len(text) <= _SHOWN_TEXT else text[:_SHOWN_TEXT] + " ..."
+    shown = row.text if len(row.text) <= _SHOWN_TEXT else row.text[:_SHOWN_TEXT] + " ..."
     used = all(problem.used for problem in problems)
     use = '<span class="used">used</span>' if used else '<span class="out">left out</span>'
-    cells = {"row": f"{problems[0].row}\n{use}", "product": escape(problems[0].product_id), "text": escape(shown),
-             "label": escape(label), "read": escape(read),
+    cells = {"row": f"{row.number}\n{use}", "product": escape(row.product_id), "text": escape(shown),
+             "label": escape(row.label), "read": escape(row.read),
              "problem": escape("\n".join(problem.detail for problem in problems)),
-             "photos": "".join(_thumbnail(photo) for photo in photos[:_SHOWN_PHOTOS])}
+             "photos": "".join(_thumbnail(photo, seen.get(photo)) for photo in row.photos[:_SHOWN_PHOTOS])}
     return "<tr>" + "".join(f'<td data-name="{name}"{" class=" + name if name == "photos" else ""}>{cell}</td>'
                             for name, cell in cells.items()) + "</tr>\n"
 
 
-def _thumbnail(path: str) -> str:
-    try:
-        photo = open_photo(path)
-    except PhotoError:
-        return f'<span class="out">{escape(path.rpartition("/")[2])}: broken</span>'
-    photo.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    buffer = io.BytesIO()
-    photo.save(buffer, "JPEG", quality=80)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'
+def _thumbnail(path: str, seen: SeenPhoto | None) -> str:
+    if seen and seen.thumbnail:
+        return f'<img src="data:image/jpeg;base64,{base64.b64encode(seen.thumbnail).decode()}" alt="">'
+    name = escape(path.rpartition("/")[2])
+    return f'<span class="out">{name}: broken</span>' if seen else f'<span class="used">{name}: not opened</span>'

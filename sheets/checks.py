@@ -8,9 +8,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from statistics import median
 
-from sheets.samples import CONTRADICTION, RowProblem, Sample, label_gap, most_different, rows_of_products
+from sheets.photos import SeenPhoto
+from sheets.samples import CONTRADICTION, RowProblem, Sample, come_again, label_gap, most_different, rows_of_products
 from sizes.texts import sizes_in_text
 
 FEWEST = 20  # labelled rows it takes to say what is usual
@@ -23,9 +25,15 @@ _SAME_LOOK = 4  # of 64 bits in which photos that look alike differ at most
 
 def look_over(samples: Sequence[Sample]) -> list[RowProblem]:
     """Find everything that may be wrong with rows that can be read, in the order of rows."""
-    findings = [*outliers(samples), *placeholders(samples), *against_text(samples), *written_differently(samples),
-                *repeats(samples), *shared_photos(samples)]
+    findings = [*look_across(samples), *(_finding(sample, problem) for sample in samples
+                                         for problem in against_text(sample))]
     return sorted(findings, key=lambda finding: finding.row)
+
+
+def look_across(samples: Sequence[Sample]) -> Iterator[RowProblem]:
+    """Find what only several rows together tell; a text need only be equal where the texts of rows are."""
+    yield from (finding for look in (outliers, placeholders, written_differently, repeats, shared_photos)
+                for finding in look(samples))
 
 
 def _finding(sample: Sample, problem: str) -> RowProblem:
@@ -37,17 +45,20 @@ def outliers(samples: Sequence[Sample]) -> list[RowProblem]:
     found = []
     for name, group in _alike([sample for sample in samples if sample.label]).items():
         for rank in range(3):
-            sides = [(sorted(sample.label, reverse=True)[rank], sample) for sample in group if len(sample.label) > rank]
-            if len(sides) < FEWEST:
+            having = [sample for sample in group if len(sample.label) > rank]
+            if len(having) < FEWEST:
                 continue
-            usual = median(math.log(side) for side, _ in sides)
-            spread = 1.4826 * median(abs(math.log(side) - usual) for side, _ in sides)  # of a normal distribution
-            for side, sample in sides:
-                away = math.log(side) - usual
-                if abs(away) > max(math.log(_FACTOR), _SPREAD * spread):
-                    how = "times as long as" if away > 0 else "times shorter than"
-                    found.append((abs(away), sample, f"{side:g} cm is {math.exp(abs(away)):.0f} {how} the usual "
-                                                     f"{math.exp(usual):.3g} cm {name}"))
+            logs = [math.log(sorted(sample.label, reverse=True)[rank]) for sample in having]
+            usual = median(logs)
+            spread = 1.4826 * median(abs(log - usual) for log in logs)  # of a normal distribution
+            limit = max(math.log(_FACTOR), _SPREAD * spread)
+            for log, sample in zip(logs, having, strict=True):
+                away = abs(log - usual)
+                if away > limit:
+                    how = "times as long as" if log > usual else "times shorter than"
+                    side = sorted(sample.label, reverse=True)[rank]
+                    found.append((away, sample, f"{side:g} cm is {math.exp(away):.0f} {how} the usual "
+                                                f"{math.exp(usual):.3g} cm {name}"))
     worst: dict[int, RowProblem] = {}
     for _, sample, text in sorted(found, key=lambda finding: -finding[0]):
         worst.setdefault(sample.row, _finding(sample, f"label outlier: {sample.written_label!r}: {text}"))
@@ -79,26 +90,23 @@ def placeholders(samples: Sequence[Sample]) -> Iterator[RowProblem]:
             yield _finding(sample, f"label like a placeholder: {sample.written_label!r}")
 
 
-def against_text(samples: Sequence[Sample]) -> Iterator[RowProblem]:
-    """Find texts that name the label's sizes, and labels that are such sizes in another unit."""
-    sizes_of: dict[str, list[float]] = {}
-    for sample in samples:
-        if not sample.label:
-            continue
-        if sample.text not in sizes_of:
-            sizes_of[sample.text] = sizes_in_text(sample.text)
-        sizes = sizes_of[sample.text]
-        if len(sizes) < len(sample.label):
-            continue
-        if _all_among(sample.label, sizes):
-            yield _finding(sample, "answer in the text: it names all sides of the label")
-        elif len(set(sample.label)) > 1:
-            for name, factor in _SLIPS.items():
-                for times in (factor, 1 / factor):
-                    if _all_among([side * times for side in sample.label], sizes):
-                        yield _finding(sample, f"unit slip: {sample.written_label!r}: the text names these sides "
-                                               f"{max(times, 1 / times):g} times {'larger' if times > 1 else 'smaller'}"
-                                               f", as when {name} are confused")
+def against_text(sample: Sample) -> Iterator[str]:
+    """Tell a text that names the label's sizes, and a label that is such sizes in another unit."""
+    sizes = _sizes_in_text(sample.text) if sample.label else ()
+    if len(sizes) < max(len(sample.label), 1):
+        return
+    if _all_among(sample.label, sizes):
+        yield "answer in the text: it names all sides of the label"
+    elif len(set(sample.label)) > 1:
+        for name, factor in _SLIPS.items():
+            for times in (factor, 1 / factor):
+                if _all_among([side * times for side in sample.label], sizes):
+                    yield (f"unit slip: {sample.written_label!r}: the text names these sides "
+                           f"{max(times, 1 / times):g} times {'larger' if times > 1 else 'smaller'}, as when {name} "
+                           "are confused")
+
+
+_sizes_in_text = lru_cache(1000)(sizes_in_text)  # since rows of one product may share a text
 
 
 def _all_among(label: Sequence[float], sizes: Sequence[float]) -> bool:
@@ -119,34 +127,34 @@ def written_differently(samples: Sequence[Sample]) -> Iterator[RowProblem]:
 
 def repeats(samples: Sequence[Sample]) -> Iterator[RowProblem]:
     """Find rows that say what an earlier row says."""
-    seen: dict[tuple, int] = {}
-    for sample in samples:
-        content = (sample.text, sample.label, sample.photos, sample.product_id)
-        if content in seen:
-            yield _finding(sample, f"row repeated: the same as row {seen[content]}")
-        else:
-            seen[content] = sample.row
+    def content_of(sample: Sample) -> tuple:
+        return sample.text, sample.label, sample.photos, sample.product_id
+
+    several, seen = come_again(map(content_of, samples)), {}
+    for sample in samples if several else ():
+        content = content_of(sample)
+        if hash(content) in several and (first := seen.setdefault(content, sample.row)) != sample.row:
+            yield _finding(sample, f"row repeated: the same as row {first}")
 
 
 def shared_photos(samples: Sequence[Sample]) -> Iterator[RowProblem]:
     """Find photo files that an earlier row of another product has too."""
-    first: dict[str, Sample] = {}
+    several, first = come_again(photo for sample in samples for photo in sample.photos), {}
     for sample in samples:
         for photo in sample.photos:
-            owner = first.setdefault(photo, sample)
-            if owner.product_id != sample.product_id:
+            if hash(photo) in several and (owner := first.setdefault(photo, sample)).product_id != sample.product_id:
                 yield _finding(sample, f"photo shared: {photo} belongs to row {owner.row} ({owner.product_id}) too")
 
 
-def look_at_photos(samples: Sequence[Sample], seen: Mapping[str, tuple[str, int | None, str]]) -> list[RowProblem]:
-    """Find photos that are broken, equal, or look alike. seen: path -> content key, look and fault of opened photos."""
+def look_at_photos(samples: Sequence[Sample], seen: Mapping[str, SeenPhoto]) -> list[RowProblem]:
+    """Find photos that are broken, equal, or look alike. seen: path -> what was seen of it, where it was opened."""
     found, owners, looks = [], {}, {}
     for sample in samples:
         mine: list[tuple[str, str, int | None]] = []
-        for path in sample.photos:
-            content, look, fault = seen.get(path, (path, None, ""))
-            if fault:
-                found.append(_finding(sample, f"photo broken: {path}: {fault}"))
+        for path in filter(seen.__contains__, sample.photos):
+            content, look = seen[path].content, seen[path].look
+            if seen[path].fault:
+                found.append(_finding(sample, f"photo broken: {path}: {seen[path].fault}"))
                 continue
             for other, its_content, its_look in mine:
                 if content == its_content:
@@ -165,18 +173,25 @@ def look_at_photos(samples: Sequence[Sample], seen: Mapping[str, tuple[str, int 
     return found
 
 
-def leaks(training: Sequence[Sample], held_out: Sequence[Sample], contents: Mapping[str, str] | None = None
+def leaks(training: Sequence[Sample], held_out: Sequence[Sample], seen: Mapping[str, SeenPhoto] | None = None
           ) -> Iterator[RowProblem]:
-    """Find held-out rows whose product or photo is trained on. contents: path -> content key, where known."""
-    contents = contents or {}
-    products = {sample.product_id: sample for sample in reversed(training)}
-    photos = {contents.get(photo, photo): sample for sample in reversed(training) for photo in sample.photos}
-    for sample in held_out:
+    """Find held-out rows whose product or photo is trained on. seen: path -> what was seen of an opened photo."""
+
+    def content_of(photo: str) -> str:
+        return seen[photo].content if seen and photo in seen else photo
+
+    products = dict.fromkeys(sample.product_id for sample in held_out)  # -> the first sample that is trained on
+    photos = dict.fromkeys(content_of(photo) for sample in held_out for photo in sample.photos)
+    for sample in training:
         if sample.product_id in products:
-            other = products[sample.product_id]
+            products[sample.product_id] = products[sample.product_id] or sample
+        for content in filter(photos.__contains__, map(content_of, sample.photos)):
+            photos[content] = photos[content] or sample
+    for sample in held_out:
+        if other := products[sample.product_id]:
             yield _finding(sample, f"held-out product trained on: {other.sheet} row {other.row} has it too")
         for photo in sample.photos:
-            other = photos.get(contents.get(photo, photo))
+            other = photos[content_of(photo)]
             if other and other.product_id != sample.product_id:
                 yield _finding(sample, f"held-out photo trained on: {other.sheet} row {other.row} has {photo} too")
 

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
@@ -32,6 +32,8 @@ class ProductRow:
     category: str
     photos: tuple[tuple[str, str], ...]  # column and address or path of each photo that is named
     faults: tuple[str, ...] = ()  # which pictures of the workbook could not be taken out, and why
+    header: Sequence[str] = field(default=(), compare=False)  # the names of all columns
+    cells: Sequence[str] = field(default=(), compare=False)  # and what stands in them
 
 
 def read_sheet(path: str | Path, options: SheetOptions, required: Sequence[str], picture_dir: str | None = None
@@ -65,11 +67,12 @@ def read_sheet(path: str | Path, options: SheetOptions, required: Sequence[str],
     def cell(cells: list[str], field: str) -> str:
         if field == "label" and sides.sides:
             return sides.label(cells)
-        return "\n".join(cells[place] for place in places[field] if cells[place])
+        return "\n".join(filter(None, [cells[place] for place in places[field]]))
 
     for number, cells in photos.with_pictured(chain(upper, rows), above):
         cells += [""] * (len(header) - len(cells))
-        product = ProductRow(number, *(cell(cells, field) for field in FIELDS), *photos.of_row(number, cells))
+        product = ProductRow(number, *(cell(cells, field) for field in FIELDS), *photos.of_row(number, cells), header,
+                             cells)
         unfilled = unfilled or not product.text or not product.label
         yield product
     if unfilled and has_formulas_without_value(path):
@@ -135,8 +138,8 @@ def _find_columns(path: Path, header: list[str], mapping: dict[str, list[str]], 
     for side in filter(mapping.__contains__, SIDES):
         columns[side] = mapping[side]  # so that one that is not there is named
     has_sides = bool(find_sides(header, mapping).sides)
-    for field in required:
-        columns[field] = columns[field] or ([] if field == "label" and has_sides else [field])
+    for name in required:
+        columns[name] = columns[name] or ([] if name == "label" and has_sides else [name])
     named = [name for name in header if name]
     used = [name for names in columns.values() for name in names]
     others = [name for name in named if name not in used]

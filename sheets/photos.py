@@ -1,15 +1,18 @@
 """Photo files -> upright RGB pictures, in worker threads; a file that is no whole photo is refused with the reason."""
 
 import hashlib
+import io
 import struct
 import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -22,6 +25,7 @@ _MOST_PIXELS = 50_000_000  # to decode, of each worker; a JPEG is decoded at a s
 # Formats that Pillow reads by itself (JPEG stands for MPO too); others would start other programs or show no photo.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _WORKERS = 4
+_GLANCE, _THUMBNAIL = 512, 96  # pixels of a side that will do to look at a photo, and of what is kept of it
 # What Pillow's readers raise for a damaged photo, beside OSError for a truncated one.
 _DAMAGED = (ValueError, SyntaxError, TypeError, IndexError, KeyError, AttributeError, EOFError, OverflowError,
             ZeroDivisionError, MemoryError, RuntimeError, struct.error, zlib.error)
@@ -31,17 +35,32 @@ class PhotoError(UserError):
     """A photo file that can't be used; the text says why."""
 
 
-def open_photo(path: str | Path) -> Image.Image:
+@dataclass(frozen=True, slots=True)
+class SeenPhoto:
+    """What is kept of a photo that was opened."""
+
+    content: str  # its content_key
+    look: int | None = None  # its look_of
+    fault: str = ""  # why it can't be used
+    thumbnail: bytes = b""  # a JPEG of a few KB
+
+
+def open_photo(path: str | Path, enough: int = LARGEST_SIDE) -> Image.Image:
     """Decode one photo: RGB, its first frame, upright as EXIF says, transparency over white, sides of 4096 at most.
 
+    enough: pixels of a side that will do, for which a JPEG is decoded smaller, in less time.
     Raises PhotoError with the reason: empty, a web page, no picture, truncated, damaged, too large or too small to see.
     """
     with _opened(path) as opened:
         opened.draft(None, (LARGEST_SIDE, LARGEST_SIDE))  # a large JPEG is decoded small
         _refuse_by_pixels(opened, _MOST_PIXELS)
-        photo = _as_rgb(ImageOps.exif_transpose(opened))
-    if min(photo.size) < SMALLEST_SIDE:
-        raise PhotoError(f"it is too small to see: {photo.width} x {photo.height} pixels")
+        if min(opened.size) * min(1, LARGEST_SIDE / max(opened.size)) < SMALLEST_SIDE:
+            raise PhotoError(f"it is too small to see: {opened.width} x {opened.height} pixels")
+        photo = _as_rgb(ImageOps.exif_transpose(opened)) if enough == LARGEST_SIDE else None
+    if photo is None:
+        with _opened(path) as opened:  # again, since draft acts once
+            opened.draft(None, (enough, enough))
+            photo = _as_rgb(ImageOps.exif_transpose(opened))
     return photo
 
 
@@ -150,22 +169,38 @@ def look_of(photo: Image.Image) -> int | None:
                if levels[place // 8 * 9 + place % 8] > levels[place // 8 * 9 + place % 8 + 1])
 
 
-def examine_photos(paths: Iterable[str]) -> Iterator[tuple[str, str, int | None, str]]:
-    """Open photos in worker threads, few at a time; yields path, content key, look, and what is wrong with it."""
-    workers, waiting = _workers(), deque()
-    for path in paths:
-        waiting.append(workers.submit(_examine, path))
+def examine_photos(paths: Iterable[str]) -> Iterator[tuple[str, SeenPhoto]]:
+    """Look at photos in worker threads, few at a time and those of equal content once; yields each with its path."""
+    workers, looks = _workers(), {}
+
+    def looking() -> Iterator[tuple[str, Future]]:
+        for path, content in _few_ahead((path, workers.submit(content_key, path)) for path in paths):
+            if content not in looks:
+                looks[content] = workers.submit(_look_at, path, content)
+            yield path, looks[content]
+
+    yield from _few_ahead(looking())
+
+
+def _few_ahead(started: Iterable[tuple[str, Future]]) -> Iterator[tuple[str, Any]]:
+    waiting = deque()
+    for path, work in started:
+        waiting.append((path, work))
         if len(waiting) > 4 * _WORKERS:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+            path, work = waiting.popleft()
+            yield path, work.result()
+    yield from ((path, work.result()) for path, work in waiting)
 
 
-def _examine(path: str) -> tuple[str, str, int | None, str]:
+def _look_at(path: str, content: str) -> SeenPhoto:
     try:
-        return path, content_key(path), look_of(open_photo(path)), ""
+        photo = open_photo(path, _GLANCE)
     except PhotoError as problem:
-        return path, content_key(path), None, str(problem)
+        return SeenPhoto(content, fault=str(problem))
+    look, packed = look_of(photo), io.BytesIO()
+    photo.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    photo.save(packed, "JPEG", quality=80)
+    return SeenPhoto(content, look, thumbnail=packed.getvalue())
 
 
 @cache

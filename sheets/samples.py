@@ -8,11 +8,13 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby, pairwise
 from pathlib import Path
-from typing import get_args
+from sys import intern
+from typing import NamedTuple, get_args
 
 from loguru import logger
 from PIL import Image
@@ -24,6 +26,7 @@ from sheets.columns import ProductRow, read_sheet
 from sheets.photos import PhotoError, content_key, open_photos
 from sizes.labels import Label, LabelError, parse_label
 from sizes.texts import as_seen
+from sizes.units import as_written
 
 CONTRADICTION = 0.05  # labels of one product that differ by more on a side can't both be true
 _LARGEST_SIZE, _SMALLEST_SIZE = 10_000.0, 0.01  # cm; beyond 100 m or below 0.1 mm a label is wrong
@@ -56,8 +59,7 @@ class Sample:
         return _content_of(self.text, self.photos) if self.by_content else f"{self.sheet}/{self.row}"
 
 
-@dataclass(frozen=True, slots=True)
-class RowProblem:
+class RowProblem(NamedTuple):
     """Something wrong with one row. The kind of problem is what stands before the first colon of `problem`."""
 
     row: int
@@ -74,6 +76,15 @@ class RowProblem:
     def detail(self) -> str:
         """What stands behind the kind, or the kind where nothing does."""
         return self.problem.partition(": ")[2] or self.problem
+
+
+class JudgedRow(NamedTuple):
+    """A row of a sheet as it stands there, what it is read as, what is wrong with it, and whether it can be used."""
+
+    row: ProductRow
+    sample: Sample
+    problems: list[str]
+    used: bool
 
 
 def cached_photo_path(address: str, cache_dir: str | Path) -> Path:
@@ -96,11 +107,14 @@ def _cached_name(address: str) -> str:
 
 def find_cached_photo(address: str, cache_dir: str | Path) -> str | None:
     """Find an address's file in the cache, under its name or one that follows the extension to the letter."""
-    path = f"{cache_dir}/{_cached_name(address)}"
+    return _find_cached(address, f"{cache_dir}/{_cached_name(address)}")
+
+
+def _find_cached(address: str, path: str) -> str | None:
     if os.path.isfile(path):  # Path.is_file raises on an address too long for a file
         return path
-    stem, extension = os.path.splitext(path)
-    if "?" in address or not address.endswith(extension):
+    stem, _, extension = path.rpartition(".")
+    if "?" in address or not address.endswith("." + extension):
         for whole in (address.partition("?")[0], address):
             older = stem + os.path.splitext(whole)[1]
             if older != path and os.path.isfile(older):
@@ -165,7 +179,7 @@ def load_samples(data_path: str | Path, image_cache_dir: str | Path, missing_pho
     if not doubts:
         return samples, problems
     if require_label:  # what is said of a row that is now left out must not call it used
-        problems = [replace(problem, used=problem.used and problem.row not in doubts) for problem in problems]
+        problems = [problem._replace(used=problem.used and problem.row not in doubts) for problem in problems]
     problems += [RowProblem(sample.row, sample.product_id, doubts[sample.row], not require_label)
                  for sample in samples if sample.row in doubts]
     samples = [sample if sample.row not in doubts else replace(sample, label=Label()) for sample in samples
@@ -177,15 +191,27 @@ def read_rows(data_path: str | Path, image_cache_dir: str | Path, missing_photos
               reading: SheetOptions | None = None, partial_labels: PartialLabels = "axis", local_photos: bool = True
               ) -> tuple[list[Sample], list[RowProblem]]:
     """Do what load_samples does, but take each label that can be read, likely or not."""
+    samples, problems = [], []
+    for judged in judge_rows(data_path, image_cache_dir, missing_photos, require_label, reading, partial_labels,
+                             local_photos):
+        sample, used = judged.sample, judged.used
+        problems += [RowProblem(sample.row, sample.product_id, problem, used) for problem in judged.problems]
+        if used:
+            samples.append(sample)
+    return samples, problems
+
+
+def judge_rows(data_path: str | Path, image_cache_dir: str | Path, missing_photos: MissingPhotos, require_label: bool,
+               reading: SheetOptions | None = None, partial_labels: PartialLabels = "axis", local_photos: bool = True
+               ) -> Iterator[JudgedRow]:
+    """Judge a sheet's rows one after the other, each by itself: see load_samples."""
     if missing_photos not in get_args(MissingPhotos):
         raise ValueError(f"missing_photos is {missing_photos!r}; choose {', '.join(get_args(MissingPhotos))}")
     path, cache_dir = Path(data_path), str(image_cache_dir)
     sheet_dir = str(path.parent) if local_photos else None
     reading = reading or SheetOptions()
     sheet = f"{path.name} [{reading.sheet_name}]" if reading.sheet_name else path.name
-    samples, problems = [], []
     for row in read_sheet(path, reading, ("text", "label") if require_label else ("text",), cache_dir):
-        product_id = row.sku_id or _identity(row)
         label, label_problems = _read_label(row.label, require_label, partial_labels)
         photos, photo_problems = _find_photos(row, sheet_dir, cache_dir, missing_photos)
         text = as_seen(row.text)
@@ -196,12 +222,9 @@ def read_rows(data_path: str | Path, image_cache_dir: str | Path, missing_photos
             used = used and (missing_photos in ("text_only", "placeholder")
                              or (missing_photos == "use_rest" and bool(photos)))
         notes = ["text holds HTML: it is read as a person sees it, without tags"] if text != row.text else []
-        problems += [RowProblem(row.number, product_id, problem, used)
-                     for problem in text_problems + notes + label_problems + photo_problems]
-        if used:
-            samples.append(Sample(row.number, product_id, text, label, photos, sheet, missing_photos,
-                                  row.label, row.category))
-    return samples, problems
+        sample = Sample(row.number, row.sku_id or _identity(row), text, label, photos, sheet, missing_photos, row.label,
+                        intern(row.category))
+        yield JudgedRow(row, sample, text_problems + notes + label_problems + photo_problems, used)
 
 
 def _identity(row: ProductRow) -> str:
@@ -233,9 +256,9 @@ def _find_photos(row: ProductRow, sheet_dir: str | None, cache_dir: str, missing
     for column, address in row.photos:
         named = sheet_dir is None or "://" in address or address.startswith(PICTURE)
         local = None if named else os.path.join(sheet_dir, address)
-        found = local if local and os.path.isfile(local) else find_cached_photo(address, cache_dir)
+        expected = f"{cache_dir}/{_cached_name(address)}"
+        found = local if local and os.path.isfile(local) else _find_cached(address, expected)
         if found is None:
-            expected = f"{cache_dir}/{_cached_name(address)}"
             way_out = f"; {_FETCHED}" if address[:4].lower() == "http" else ""
             problems.append(f"photo missing: {column} {address} (expected as {local or expected}{way_out})")
             if missing_photos == "placeholder":
@@ -256,7 +279,8 @@ def doubtful_labels(samples: Sequence[Sample]) -> dict[int, str]:
     for sample in samples:
         for size in sample.label:
             if not _SMALLEST_SIZE <= size <= _LARGEST_SIZE:
-                doubts[sample.row] = f"label impossible: {sample.written_label!r}: no product has a side of {size:g} cm"
+                doubts[sample.row] = (f"label impossible: {sample.written_label!r}: no product has a side of "
+                                      f"{as_written(size)} cm")
     for group in rows_of_products(samples):
         one, other = most_different(group)
         if other is not None and label_gap(one.label, other.label) > CONTRADICTION:
@@ -270,10 +294,17 @@ def doubtful_labels(samples: Sequence[Sample]) -> dict[int, str]:
 def rows_of_products(samples: Sequence[Sample]) -> list[list[Sample]]:
     """Group the labelled samples of products that have several."""
     groups: dict[str, list[Sample]] = {}
+    several = come_again(sample.product_id for sample in samples if sample.label)
     for sample in samples:
-        if sample.label:
+        if sample.label and hash(sample.product_id) in several:
             groups.setdefault(sample.product_id, []).append(sample)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def come_again(keys: Iterable[Hashable]) -> set[int]:
+    """Return the hashes of the keys that come more than once; a few others may be among them."""
+    hashes = sorted(map(hash, keys))  # of a million keys a third of the memory that a dictionary takes
+    return {one for one, other in pairwise(hashes) if one == other}
 
 
 def most_different(group: Sequence[Sample]) -> tuple[Sample, Sample | None]:
@@ -317,50 +348,56 @@ def summarise_problems(problems: Sequence[RowProblem], limit: int = 20) -> str:
     return "\n".join(lines)
 
 
-def require_usable(samples: Sequence[Sample], problems: Sequence[RowProblem], data_path: str | Path,
+def require_usable(samples: Sequence[Sample], problems: Iterable[RowProblem], data_path: str | Path,
                    image_cache_dir: str | Path, without_photos: str = "") -> None:
     """Raise DataError when a sheet gave no sample: how many rows it has, what is wrong with them, and the way out.
 
-    without_photos: how the command at work uses rows whose photos are missing, if it can.
+    problems: in the order of rows. without_photos: how the command at work uses rows whose photos are missing, if it
+    can.
     """
     if samples:
         return
-    if not problems:
+    first, rows = None, Counter()  # how many rows have which kinds of problem
+    fetched = False  # whether photos are missing that can be fetched
+    for _, of_row in groupby(problems, key=lambda problem: problem.row):
+        of_row = list(of_row)
+        first = first or of_row[0]
+        fetched = fetched or any(_FETCHED in problem.problem for problem in of_row)
+        rows[frozenset(problem.kind for problem in of_row)] += 1
+    if first is None:
         raise DataError(f"{data_path}: has no rows below its header. Add one row for each product")
-    kinds: dict[int, set[str]] = {}
-    for problem in problems:
-        kinds.setdefault(problem.row, set()).add(problem.kind)
-    names = sorted({kind for of_row in kinds.values() for kind in of_row})
-    counts = ", ".join(f"{name} ({_rows(sum(name in of_row for of_row in kinds.values()))})" for name in names)
-    message = [f"{data_path}: no row can be used, of {len(kinds)}: {counts}.",
-               f"The first: row {problems[0].row} ({problems[0].product_id}): {problems[0].problem}."]
-    if any(of_row == {"photo missing"} for of_row in kinds.values()):
+    counts = ", ".join(f"{name} ({_rows(sum(count for kinds, count in rows.items() if name in kinds))})"
+                        for name in sorted(frozenset().union(*rows)))
+    message = [f"{data_path}: no row can be used, of {rows.total()}: {counts}.",
+               f"The first: row {first.row} ({first.product_id}): {first.problem}."]
+    if frozenset({"photo missing"}) in rows:
         ways_out = ["Put them there", "give their folder with --image_cache_dir"]
-        if any(_FETCHED in problem.problem for problem in problems):
+        if fetched:
             ways_out[0] = (f"Fetch them: python download_images.py --data_path {data_path} --image_cache_dir "
                            f"{image_cache_dir}")
         message.append(f"Photos were looked for in {image_cache_dir} under md5(address) + extension. "
                        f"{', or '.join(filter(None, [*ways_out, without_photos]))}.")
-    if any(of_row - {"photo missing"} for of_row in kinds.values()):
+    if any(kinds - {"photo missing"} for kinds in rows):
         message.append("Fill in the text and label of the rows in the sheet.")
     raise DataError(" ".join(message))
 
 
-def count_photos(samples: Sequence[Sample], problems: Sequence[RowProblem]) -> str:
+def count_photos(samples: Sequence[Sample], problems: Iterable[RowProblem]) -> str:
     """Say how many photos samples have, and how many of them are placeholders."""
     count = f"{sum(len(sample.photos) for sample in samples)} photos"
     rows = {sample.row for sample in samples if sample.missing_photos == "placeholder"}
-    stand_ins = sum(problem.kind == "photo missing" and problem.row in rows for problem in problems)
+    stand_ins = sum(problem.kind == "photo missing" and problem.row in rows for problem in problems) if rows else 0
     return f"{count}, {stand_ins} of them placeholders" if stand_ins else count
 
 
-def obey_bad_rows(problems: Sequence[RowProblem], data_path: str | Path, on_bad_row: str) -> None:
+def obey_bad_rows(problems: Iterable[RowProblem], data_path: str | Path, on_bad_row: str) -> None:
     """Raise DataError when rows are left out and that is to stop the run (--on_bad_row stop)."""
-    bad = [problem for problem in problems if not problem.used]
-    if on_bad_row == "stop" and bad:
-        raise DataError(f"{data_path}: {_rows(len({problem.row for problem in bad}))} can't be trained on, and "
-                        f"--on_bad_row is stop. The first: row {bad[0].row} ({bad[0].product_id}): {bad[0].problem}. "
-                        "Mend them (python check_data.py lists all), or leave them out with --on_bad_row skip")
+    bad = (problem for problem in problems if not problem.used)
+    if on_bad_row == "stop" and (first := next(bad, None)):
+        count = len({first.row, *(problem.row for problem in bad)})
+        raise DataError(f"{data_path}: {_rows(count)} can't be trained on, and --on_bad_row is stop. The first: row "
+                        f"{first.row} ({first.product_id}): {first.problem}. Mend them (python check_data.py lists "
+                        "all), or leave them out with --on_bad_row skip")
 
 
 def split_held_out(samples: Sequence[Sample], fraction: float) -> tuple[list[Sample], list[Sample]]:

@@ -1,9 +1,10 @@
-"""A table as it lies on the disk, of any kind -> rows of text with their numbers; and tables back as .xlsx.
+"""A table as it lies on the disk, of any kind -> rows of text with their numbers; and tables back as .xlsx or .csv.
 
 Every row keeps the number under which a person sees it: the header is row 1 of most tables, a line of .jsonl and an
 entry of .json are a row. Rows are read one after the other, so that a large table need not fit in memory twice.
 """
 
+import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -17,6 +18,7 @@ from sheets.cells import DataError, Row, as_text
 from sheets.text_files import read_csv, read_json, read_jsonl
 
 _LONGEST_EXCEL_CELL = 32_767
+_MOST_EXCEL_ROWS = 1_048_576
 _ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f]")  # in XML, which .xlsx is
 _CHUNK = 1000  # rows of a .parquet that are Python objects at a time
 
@@ -74,23 +76,51 @@ def _column_values(column: Any) -> list[Any]:
 
 
 def write_table(path: str | Path, rows: Iterable[Sequence[str]]) -> None:
-    """Write rows of text as .xlsx, whole or not at all, row by row; every cell is text and never a formula."""
-    # For a sheet of any length. pandas' ExcelWriter needs a table in memory and every cell of the workbook too: for
-    # 200,000 rows of 11 columns 975 MB and 77 s instead of 54 MB and 69 s.
+    """Write rows of text, whole or not at all, row by row: as .csv or .tsv where the name says so, else as .xlsx.
+
+    In .xlsx every cell is text and never a formula. Raises DataError for more rows than it can hold.
+    """
+    kind = Path(path).suffix.lower()
+    with whole_file(path) as partial:
+        if kind not in (".csv", ".tsv"):
+            _write_workbook(partial, as_many_as_fit(path, rows))
+            return
+        # With a mark, or Excel takes UTF-8 for something else.
+        with partial.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
+            csv.writer(file, delimiter="\t" if kind == ".tsv" else ",").writerows(rows)
+
+
+def as_many_as_fit(path: str | Path, rows: Iterable[Any], way_out: str = "write a .csv instead: --output_path NAME.csv"
+                   ) -> Iterator[Any]:
+    """Give the rows of a table on; raise DataError where they are more than the file to be written can hold."""
+    for count, row in enumerate(rows, start=1):
+        if count > _MOST_EXCEL_ROWS and Path(path).suffix.lower() not in (".csv", ".tsv"):
+            raise DataError(f"{path}: a worksheet holds {_MOST_EXCEL_ROWS:,} rows, the header among them, and there "
+                            f"are more: {way_out}")
+        yield row
+
+
+def _write_workbook(path: Path, rows: Iterable[Sequence[str]]) -> None:
+    # pandas' ExcelWriter needs a table in memory and every cell of the workbook too.
     from openpyxl import Workbook  # here, and below: reading needs no openpyxl
     from openpyxl.cell import WriteOnlyCell
 
     book = Workbook(write_only=True)
     sheet = book.create_sheet()
-    for row in rows:
-        cells = []
-        for text in row:
-            cell = WriteOnlyCell(sheet, _writable(text))
-            cell.data_type = "s"
-            cells.append(cell)
-        sheet.append(cells)
-    with whole_file(path) as partial:
-        book.save(partial)
+
+    def cell(text: str) -> Any:
+        if not text.startswith(("=", "#")):
+            return text or None
+        marked = WriteOnlyCell(sheet, text)  # or it was taken for a formula, or for an error
+        marked.data_type = "s"
+        return marked
+
+    try:
+        for row in rows:
+            sheet.append([cell(_writable(text)) for text in row])
+    finally:
+        sheet.close()
+    book.save(path)
 
 
 def write_tables(path: str | Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -98,6 +128,8 @@ def write_tables(path: str | Path, tables: Mapping[str, Sequence[Mapping[str, An
     import pandas as pd
     from openpyxl.styles import Font
 
+    tables = {title: list(as_many_as_fit(path, [None, *rows], "take the sheet in parts"))[1:]
+              for title, rows in tables.items()}
     with whole_file(path) as partial, partial.open("wb") as file, pd.ExcelWriter(file, engine="openpyxl") as writer:
         for title, rows in tables.items():
             # Of objects, since a column of integers with a gap would become one of floats.

@@ -8,7 +8,7 @@ WEIGHT = r"(?:(?:net |gross )?weight|gewicht|重量|净重|毛重) ?:? ?"
 _WEIGHT_BEFORE = re.compile(rf"{WEIGHT}[0-9.,]++ ?(?:kg|g|lbs?|oz|千克|公斤|克|斤)[,; ] ?")  # a weight in front
 _SIGNS = str.maketrans({"×": "x", "✕": "x", "✖": "x", "╳": "x", "х": "x", "″": '"', "”": '"', "“": '"', "′": "'",
                         "–": "-", "−": "-", "：": ":", "\r": "\n"})
-_LISTS = str.maketrans({"，": ", ", "、": ", "})  # never a decimal comma
+LISTS = str.maketrans({"，": ", ", "、": ", "})  # never a decimal comma
 _ABOUT = re.compile("(?<![a-z])(?:ca|circa|approx|approximately|about|etwa|rund)(?![a-z])\\.? ?|大?[约約] ?|≈ ?"
                     "|(?<![0-9a-z.)])~ ?(?=[0-9])|(?<=[0-9a-z米寸分])(?:左右|上下)")
 _REWRITTEN = (  # what stands for the same in fewer forms
@@ -37,7 +37,7 @@ def in_one_case(text: str) -> str:
     if text.isascii():
         text = text.lower().replace("\r", "\n")
     else:
-        text = fold(text.translate(_LISTS)).lower().translate(_SIGNS)
+        text = fold(text.translate(LISTS)).lower().translate(_SIGNS)
     text = text.replace("''", '"')
     return _LINE_BREAKS.sub("\n", _BLANKS.sub(" ", text)).strip()
 

@@ -20,10 +20,13 @@ from sizes.units import (
     INCH,
     LATIN_UNITS,
     MM,
+    SCREENS,
     THOUSANDS,
     UNIT_KEYS,
     UNITS,
     any_of,
+    as_written,
+    counts_first,
     to_cm,
     unit_name,
     unit_pattern,
@@ -68,11 +71,6 @@ _QUOTED_ITEM = re.compile(rf"(['\"])([0-9.]++|{any_of(LATIN_UNITS)})\1")
 _SECOND = re.compile(r" ?(?:[/=(|]|\n| or ) ?")  # the same size once more, in another unit
 _SIZE_LIKE = re.compile(rf"[0-9] ?(?:{_UNIT}|寸)|[0-9].*(?<![a-z])[mc]m(?![a-z])|[0-9] ?[x*] ?[0-9]|[0-9],[0-9]",
                         re.DOTALL)
-_SCREENS = {(640, 480), (800, 600), (1024, 600), (1024, 768), (1280, 720), (1280, 800), (1280, 1024), (1366, 768),
-            (1440, 900), (1600, 900), (1600, 1200), (1680, 1050), (1920, 1080), (1920, 1200), (2048, 1536),
-            (2160, 1440), (2340, 1080), (2400, 1080), (2560, 1080), (2560, 1440), (2560, 1600), (2880, 1800),
-            (3440, 1440), (3840, 2160), (4096, 2160), (5120, 2880), (7680, 4320)}
-_PIECES = ("2", "3", "4", "5", "6")  # 2*48*74: a count in front
 _POINTED, _LEADING_ZERO = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}"), re.compile("-?0[0-9]")
 _MISSING = ("", "nan", "n/a", "na", "none", "null", "-", "--", "/", "?", "tbd", "unknown", "无", "暂无", "#n/a")
 _ACCEPTED = "accepted are one to three sizes such as 12 8 15, [66.0, 53.0, 73.0, cm], 12 x 8 x 15 inch"
@@ -98,7 +96,7 @@ class Label(tuple[float, ...]):
     def __str__(self) -> str:
         """Write it for a person: 15 x 12 x 8 cm, axes l w h."""
         named = f", axes {' '.join(self.axes)}" if self.axes else ""
-        return f"{' x '.join(f'{size:g}' for size in self)} cm{named}" if self else ""
+        return f"{' x '.join(map(as_written, self))} cm{named}" if self else ""
 
 
 class LabelError(UserError):
@@ -178,18 +176,19 @@ def _read_group(body: str, unit_outside: str | None, listed: bool = False) -> tu
         body = body[:opening.end()] + re.sub(" ?/ ?", " x ", body[opening.end():])
     item_form = _ITEM_PLAIN if listed and not re.search("[0-9] ?[x*]", body) else _ITEM_WITH_COMMAS
     items, separators, position, end = [], [], opening.end(), None
+    item = item_form.match(body, position)
     while end is None:
-        item = item_form.match(body, position)
         if item is None or len(items) == 3:
             raise LabelError(f"found {body[position:position + 40]!r} in place of size {len(items) + 1}")
         items.append(item)
         end = _END.fullmatch(body, item.end())
-        separator = _SEPARATOR.match(body, item.end())
-        if end is None and (separator is None or item_form.match(body, separator.end()) is None):
-            end = _END.match(body, item.end())  # the sizes end here; what follows is left to the caller
-        elif end is None:
+        separator = _SEPARATOR.match(body, item.end()) if end is None else None
+        following = separator and item_form.match(body, separator.end())
+        if following:
             separators.append(separator.lastgroup)
-            position = separator.end()
+            item, position = following, separator.end()
+        elif end is None:
+            end = _END.match(body, item.end())  # the sizes end here; what follows is left to the caller
     orders = [order for order in (opening["order"], end["order"]) if order]
     axes = _check_axes(items, separators, orders)
     outside = [unit for unit in (opening["unit"], end["unit"], end["unit_inside"], unit_outside) if unit]
@@ -212,8 +211,7 @@ def _read_group(body: str, unit_outside: str | None, listed: bool = False) -> tu
 
 def _check_axes(items: list[re.Match], separators: list[str], orders: list[str]) -> list[str]:
     """Return the axis of each size, or [] where none is named; refuse axes that leave a doubt."""
-    written = [[item[group] for group in ("first", "before", "inside", "after", "behind") if item[group]]
-               for item in items]
+    written = [[word for word in item.group("first", "before", "inside", "after", "behind") if word] for item in items]
     named = [[AXES[word] for word in of_item] for of_item in written]
     axes = [of_item[0] for of_item in named if of_item]
     if len(items) == 3 and len(axes) == 2 and set(separators) == {"times"} and len(set(axes) - {"round"}) == 2:
@@ -246,15 +244,16 @@ def _refuse_no_sizes(items: list[re.Match], numbers: list[float], units: list[st
                    and first[group].isascii()), None)
     if len(items) == 1 and not has_unit and letter:
         raise LabelError(f"found {letter!r} behind or before one number, which may be a unit of something else")
+    if len(items) == 1 and not has_unit and re.match(r" ?[x*]", first.string[first.end():]):
+        raise LabelError("found one number without a unit times a count")
     if len(items) == 1 and called_size and not has_unit and not has_axes:
         raise LabelError("found one number without a unit, which may be the name of a size")
     if (len(items) == 1 and UNITS[units[0]] == INCH and not has_axes
             and re.fullmatch(r"[0-9]+(\.[0-9])?", first["number"])):
         raise LabelError("found one size in inches, which may be the diagonal of a screen")
-    if len(items) == 2 and not has_unit and not has_axes and tuple(sorted(numbers, reverse=True)) in _SCREENS:
+    if len(items) == 2 and not has_unit and not has_axes and tuple(sorted(numbers, reverse=True)) in SCREENS:
         raise LabelError("found two numbers that are pixels of a screen")
-    if (len(items) == 3 and not has_axes and first["number"] in _PIECES and not first["unit"]
-            and min(numbers[1:]) >= 10 * numbers[0]
+    if (not has_axes and not first["unit"] and counts_first(numbers)
             and {item.string[item.end():item.end() + 1] for item in items[:-1]} <= {"x", "*"}):
         raise LabelError(f"found {first['number']} in front of two much larger sizes, which may be a count")
 
@@ -272,6 +271,8 @@ def _units_of(own: list[str | None], outside: list[str], separators: list[str]) 
 def _numbers_of(written: list[str], units: list[str], separators: list[str], has_axes: bool, has_unit: bool
                 ) -> list[float]:
     """Convert numbers as written, judging their commas and fractions by one another."""
+    if all(number.isdecimal() and number[0] != "0" for number in written):
+        return [float(number) for number in written]  # most are: nothing to judge
     pointed = [bool(_POINTED.fullmatch(number)) for number in written]
     if any(pointed) and all(UNITS[unit] == MM for unit in units):
         whole = [number for number, points in zip(written, pointed, strict=True) if not points]

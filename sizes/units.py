@@ -6,7 +6,7 @@ Labels, answers and texts are read by three grammars of their own, all made of t
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 LARGEST = 1e9  # cm; larger numbers are cut to it, so that an answer's sizes stay finite
@@ -39,6 +39,11 @@ AXES = DIMENSIONS | _ROUND | {letter: letter for letter in "lwhdt"} | {
     "tief": "d", "dicke": "t", "durchmesser": "round",
     "長さ": "l", "縦": "l", "幅": "w", "横幅": "w", "横": "w", "高さ": "h", "奥行": "d", "奥行き": "d", "厚さ": "t",
     "厚み": "t"}
+
+SCREENS = {(640, 480), (800, 600), (1024, 600), (1024, 768), (1280, 720), (1280, 800), (1280, 1024), (1366, 768),
+           (1440, 900), (1600, 900), (1600, 1200), (1680, 1050), (1920, 1080), (1920, 1200), (2048, 1536),
+           (2160, 1440), (2340, 1080), (2400, 1080), (2560, 1080), (2560, 1440), (2560, 1600), (2880, 1800),
+           (3440, 1440), (3840, 2160), (4096, 2160), (5120, 2880), (7680, 4320)}  # in pixels
 
 
 def any_of(words: Iterable[str]) -> str:
@@ -92,6 +97,17 @@ def to_cm(number: float, unit: str) -> float:
     """Convert a number in one of UNITS to cm."""
     first, second = UNITS[unit]
     return number * first / second
+
+
+def as_written(number: float, digits: int = 6) -> str:
+    """Write a positive number as a person does: so many digits that matter, and no exponent."""
+    short = f"{number:.{digits}g}"
+    return short if "e" not in short else f"{number:.0f}" if number >= 1 else f"{number:.6f}".rstrip("0").rstrip(".")
+
+
+def counts_first(numbers: Sequence[float]) -> bool:
+    """Tell whether three numbers may be two sizes with a count in front, as in 2*48*74."""
+    return len(numbers) == 3 and numbers[0] in (2, 3, 4, 5, 6) and min(numbers[1:]) >= 10 * numbers[0]
 
 
 def to_float(digits: str) -> float | None:

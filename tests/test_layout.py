@@ -17,7 +17,7 @@ WINGS = {
     "sizes": ["units", "forms", "labels", "answers", "texts"],
     "sheets": ["photos", "cells", "workbooks", "encodings", "text_files", "table", "addresses", "package",
                "rich_values", "pictures", "photo_columns", "sides", "headers", "columns", "samples", "checks",
-               "check_page", "fetch"],
+               "findings", "check_page", "fetch"],
     "models": ["family", "weights", "remote_code", "minicpm_remote", "minicpm_v46", "qwen_vl", "shared_prefix",
                "decoding", "head", "lora", "loading", "memory", "policy", "trainable", "processes", "sharding"],
     "the algorithm": ["prompts", "reward", "own_reward", "replay_buffer", "loss", "rollout", "update"],

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from evidence.charts import COLOURS, boxes_svg, curve_svg, histogram_svg, risk_svg
+from evidence.charts import COLOURS, boxes_svg, curve_svg, histogram_svg, risk_svg, times_too_large
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["before", "after", "_训练/步 <b>&$a$", "bell \x0b half \udc80", "outputs/a name/" + "x" * 70]
@@ -96,3 +96,24 @@ def test_boxes_are_drawn_to_scale():
     assert width / height == pytest.approx(4, abs=0.05)
     assert boxes_svg((20,), {"before": (1e9,)}).count("<path") == 1  # off the scale: only the true one
     assert boxes_svg((), {}) == ""
+
+
+@pytest.mark.parametrize(("label", "sizes"), [((12, 5, 4), (120, 50, 40)), ((12, 5, 4), (1.2, 0.5, 0.4)),
+                                              ((300, 4, 4), (3000, 40, 40)), ((0.2, 2, 2), (25.4,)),
+                                              ((1000, 300, 20), (2, 1))])
+def test_an_answer_ten_times_off_is_drawn_and_the_true_size_still_seen(label, sizes):
+    svg = boxes_svg(label, {"before": sizes})
+    widths = [float(width) for width in re.findall(r'd="M8\.0 [\d.]+h([\d.]+)', svg)]
+    assert not times_too_large(label, sizes) and len(widths) == 2 and widths[0] >= 8 and max(widths) <= 208
+    assert widths[1] / widths[0] == pytest.approx(max(sizes) / max(label), rel=0.05, abs=0.01)
+    assert times_too_large(label, [260 * side for side in label]) == pytest.approx(260)
+
+
+def test_a_legend_stands_above_and_axis_labels_below():
+    for svg in (PICTURES["curve"](["one"]), PICTURES["risk"](["one"])):
+        heights = {element.text: float(re.search(r"translate\([\d.]+ ([\d.]+)\)|$", element.get("transform", ""))[1]
+                                       or element.get("y", 0))
+                   for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")}
+        bottom = heights.get("step") or heights["products accepted, the surest first"]
+        ticks = [height for text, height in heights.items() if re.fullmatch(r"[\d.]+%?", text)]
+        assert heights["one"] < min(ticks) and bottom >= max(ticks)

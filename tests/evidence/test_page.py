@@ -17,6 +17,7 @@ from evidence.report import tables, write_sheet
 from ground.files import write_json
 from reward import calculate_reward, score_answer
 from sheets.samples import Sample
+from sizes.units import as_written
 from tiny import noise_photo
 
 HOSTILE = ['</script><script>alert("x")</script>', "<img src=x onerror=alert(1)> & 'quotes' \"{{ 7 * 7 }}\"",
@@ -68,7 +69,7 @@ def make_report(count, photos):
                Answers("blank", "ablation", "b", both(0.5, 1)[0], []),
                Answers("run<2>", "also", "c", *both(0.2, 2), ("answered with its own --max_pixels",))]
     return build_report(answers, {"how": "4 answers a product", "rows": "held_out", "made": "2026-01-02 03:04",
-                                  "facts": ["seed 0"], "promise": PROMISE}, PROMISE)
+                                  "facts": ["seed 0"], "promise": PROMISE, "sheet": "s<7>.xlsx, held out"}, PROMISE)
 
 
 @pytest.fixture(scope="module")
@@ -287,3 +288,26 @@ def test_a_photo_that_is_gone_is_left_out(tmp_path, photos, said):
     report["products"][1]["photos"] = [str(tmp_path / "gone.png")]
     write_page(tmp_path / "page.html", report, {})
     assert "gone.png" in "".join(said)
+
+
+def test_the_page_names_models_and_sheet_and_writes_sizes_as_a_person_does(tmp_path, photos):
+    report = make_report(5, photos)
+    product = report["products"][0]
+    product["label"] = [14.25, 3.0]
+    model = product["models"]["before"]
+    model["answers"][model["agreed"]]["sizes"] = [14890.0, 2080.4, 0.0000012]
+    write_page(tmp_path / "page.html", report, {})
+    text = (tmp_path / "page.html").read_text()
+    top = text[text.index("<h1>"):text.index("<section>")]
+    for named in ("<dt>before</dt><dd>a</dd>", "<dt>after</dt><dd>b</dd>", "<dd>s&lt;7&gt;.xlsx, held out</dd>"):
+        assert named in top
+    assert "14890 x 2080 x 0.000001" in text and "1,045</span> times the true size" in text
+    assert not re.search(r"[0-9]e[+-]?[0-9]+ (?:x|cm)", text)
+    assert text.count('class="cue"') >= 3 and "max-width: 640px) { .cue { display: block" in text
+
+
+@pytest.mark.parametrize(("number", "digits", "text"), [
+    (12.0, 6, "12"), (14890.4, 4, "14890"), (1e9, 6, "1000000000"), (59.437, 4, "59.44"), (0.2, 4, "0.2"),
+    (1234567.0, 6, "1234567"), (0.00001, 6, "0.00001"), (1e-9, 4, "0")])
+def test_numbers_are_written_without_exponents(number, digits, text):
+    assert as_written(number, digits) == text

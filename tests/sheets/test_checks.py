@@ -1,19 +1,26 @@
 """What is odd in rows that can be read, against cases worked by hand; the check of a sheet as a command."""
 
+import csv
 import subprocess
 import sys
+import tracemalloc
+from itertools import chain
+from itertools import product as pairs
 from pathlib import Path
 
 import pytest
 from openpyxl import load_workbook
-from PIL import Image
+from PIL import Image, ImageOps
 
+import check_data
+from config import CheckDataOptions
 from runs import run_here
+from sheets import columns, findings, table
 from sheets.cells import DataError
 from sheets.checks import leaks, look_at_photos, look_over, outliers
 from sheets.photos import examine_photos, look_of
 from sheets.samples import Sample, doubtful_labels, label_gap, load_samples, obey_bad_rows
-from sheets.table import write_table
+from sheets.table import read_table, write_table
 from sizes.labels import parse_label
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,7 +147,7 @@ def test_photos_twice_shared_alike_and_broken(tmp_path):
     photos = [(a, again), (a, small), (b, str(tmp_path / "broken.png")), (again,), (small, alone), (plain[0],),
               (plain[1],)]
     samples = [Sample(row, f"P{row}", "mug", (1.0,), mine, "s.xlsx") for row, mine in enumerate(photos, start=2)]
-    seen = {path: rest for path, *rest in examine_photos({path: 0 for mine in photos for path in mine})}
+    seen = dict(examine_photos({path: 0 for mine in photos for path in mine}))
     found = look_at_photos(samples, seen) + look_over(samples)
     assert set(said(found, "photo twice")) == {2} and set(said(found, "photo broken")) == {4}
     assert "it is a web page" in said(found, "photo broken")[4]
@@ -156,8 +163,8 @@ def test_leaks_by_product_and_photo(tmp_path):
                 Sample(4, "D", "pot", (1.0,), (b,), "test.xlsx")]
     assert [(problem.row, problem.kind) for problem in leaks(training, held_out)] == [
         (2, "held-out product trained on"), (4, "held-out photo trained on")]
-    contents = {path: content for path, content, _, _ in examine_photos([a, again, b])}
-    assert [problem.row for problem in leaks(training, held_out, contents)] == [2, 3, 4]
+    seen = dict(examine_photos([a, again, b]))
+    assert [problem.row for problem in leaks(training, held_out, seen)] == [2, 3, 4]
 
 
 # The command
@@ -226,6 +233,117 @@ def test_a_sheet_without_a_usable_row_and_a_leaking_one(tmp_path, check):
     write_table(tmp_path / "data.xlsx", [["标题", "label"], ["mug", "4-seat"]])
     done = check()
     assert done.returncode == 1 and "no row can be used, of 1: label without a size (1 row)" in done.stdout
+
+
+# What it costs
+
+def check_here(tmp_path, monkeypatch, **options):
+    """Run the command in this process, in the folder of its sheet."""
+    monkeypatch.chdir(tmp_path)
+    return check_data.check(CheckDataOptions(**{"data_path": "data.csv", "image_cache_dir": "cache"} | options))
+
+
+def test_each_photo_is_decoded_once_and_the_sheet_read_once(tmp_path, monkeypatch, capsys):
+    for name in "abc":
+        photo(tmp_path / f"{name}.jpg", name)
+    (tmp_path / "again.jpg").write_bytes((tmp_path / "a.jpg").read_bytes())
+    (tmp_path / "broken.jpg").write_bytes(b"<html>")
+    rows = [["text", "label", "sku_img", "spu_img_1", "spu_img_2"],  # rows of several kinds of problem each
+            ["mug", "1 2 3", "a.jpg", "b.jpg", "again.jpg"], ["mug", "1 2 3", "a.jpg", "b.jpg", "again.jpg"],
+            ["<b>jug</b> 9 x 8 x 7 cm", "9 8 7", "c.jpg", "broken.jpg", "gone.jpg"],
+            ["pot", "4-seat", "again.jpg", "", ""]]
+    write_table(tmp_path / "data.csv", rows)
+    decoded, read = [], []
+    upright, table = ImageOps.exif_transpose, columns.read_table
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda opened: decoded.append(opened.filename) or upright(opened))
+    monkeypatch.setattr(columns, "read_table", lambda *sheet: read.append(sheet) or table(*sheet))
+    assert check_here(tmp_path, monkeypatch)
+    assert sorted(Path(path).name for path in decoded) == ["a.jpg", "b.jpg", "c.jpg"]  # again.jpg equals a.jpg
+    assert len(read) == 1
+    page = (tmp_path / "data.check.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg") > 2 * len(decoded) and "broken.jpg: broken" in page
+
+    decoded.clear()
+    check_here(tmp_path, monkeypatch, max_photos=1)
+    assert len(decoded) == 1 and "b.jpg: not opened" in (tmp_path / "data.check.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("rule", ["use_rest", "drop_row", "text_only", "placeholder"])
+@pytest.mark.parametrize("partial", ["axis", "skip"])
+def test_the_rows_called_used_are_those_that_training_uses(rule, partial, tmp_path, monkeypatch, capsys):
+    photo(tmp_path / "a.jpg", "a")
+    cells = [("mug", "1 2 3"), ("", "1 2 3"), ("jug", "4-seat"), ("pot", ""), ("pan", "12 8"), ("box", "1 2 3 km"),
+             ("<p>", "1 2 3"), ("tin", "1 2 30000")]
+    photos = [(), ("a.jpg",), ("a.jpg", "gone.jpg"), ("gone.jpg",), ("gone.jpg", "lost.jpg")]
+    rows = [[text, label, f"P{place}", *of_row, *[""] * (2 - len(of_row))]
+            for place, ((text, label), of_row) in enumerate(pairs(cells, photos))]
+    # One product whose rows contradict each other, one of them without its photo.
+    rows += [["cup", "1 2 3", "Q", "", ""], ["cup", "1 2 4", "Q", "gone.jpg", ""], ["cup", "1 2 3", "Q", "a.jpg", ""]]
+    write_table(tmp_path / "data.csv", [["text", "label", "sku_id", "sku_img", "spu_img_1"], *rows])
+    check_here(tmp_path, monkeypatch, missing_photos=rule, partial_labels=partial)
+    samples, problems = load_samples("data.csv", "cache", rule, partial_labels=partial)
+    with open("data.check.csv", encoding="utf-8-sig", newline="") as file:
+        back = list(csv.DictReader(file))
+    left_out = {int(row["row"]) for row in back if "(left out)" in row["problem"]}
+    assert {int(row["row"]) for row in back} - left_out == {sample.row for sample in samples}
+    assert left_out == {problem.row for problem in problems if not problem.used}
+    assert [[row[name] for name in ("text", "label", "sku_id", "sku_img", "spu_img_1")] for row in back] == rows
+    said = {(int(row["row"]), line.removesuffix(" (left out)")) for row in back for line in row["problem"].splitlines()}
+    assert {(problem.row, problem.problem) for problem in problems} <= said
+    photos = sum(len(sample.photos) for sample in samples)
+    assert f"{len(samples)} rows would be used, {len(left_out)} left out" in (printed := capsys.readouterr().out)
+    assert f"; {photos} photos" in printed
+
+
+def test_what_rows_share_is_named_by_its_beginning_every_time(tmp_path, monkeypatch, capsys):
+    text = "A sofa for the living room, of which there are many variants in many colours"
+    rows = [[text, f"{180 + row} x 90 x 80 cm"] for row in range(25)]
+    write_table(tmp_path / "data.csv", [["text", "label"], *rows, [text, "19000 x 90 x 80 mm"], [text, "2 x 1 x 1 cm"]])
+    check_here(tmp_path, monkeypatch)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("    row 28"))
+    assert line.endswith("times shorter than the usual 192 cm of " + text[:40])
+
+
+def test_memory_grows_little_with_rows_their_texts_and_their_problems(tmp_path, monkeypatch, capsys):
+    def peak(count):
+        rows = ([f"mug {row} " + "x" * 1000, "4-seat", *(f"https://x.invalid/{row}/{place}" for place in range(3))]
+                for row in range(count))
+        write_table(tmp_path / "data.csv", chain([["text", "label", "sku_img", "spu_img_1", "spu_img_2"]], rows))
+        tracemalloc.start()
+        check_here(tmp_path, monkeypatch)
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used
+
+    monkeypatch.setattr(findings, "_AT_A_TIME", 50)
+    peak(200)  # imports what is needed
+    assert peak(1200) - peak(200) < 1000 * 800  # bytes a row; text and problems alone are 1,800
+
+
+@pytest.mark.parametrize(("name", "written"), [("data.csv", "data.check.csv"), ("data.tsv", "data.check.csv"),
+                                               ("data.xlsx", "data.check.xlsx")])
+def test_a_workbook_comes_back_as_a_workbook_and_any_other_sheet_as_csv(name, written, tmp_path, monkeypatch, capsys):
+    write_table(tmp_path / name, [["text", "label"], ["杯子, 白", "1 2 3"], ["=1+1", "4 5 6"]])
+    assert check_here(tmp_path, monkeypatch, data_path=name, eval_fraction=0)
+    assert [cells for _, cells in read_table(tmp_path / written, CheckDataOptions())] == [
+        ["text", "label", "row", "read", "problem"],
+        ["杯子, 白", "1 2 3", "2", "1 x 2 x 3 cm", "label like a placeholder: '1 2 3'"],
+        ["=1+1", "4 5 6", "3", "4 x 5 x 6 cm", ""]]
+    assert written in capsys.readouterr().out
+
+
+def test_more_rows_than_a_worksheet_holds_are_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "_MOST_EXCEL_ROWS", 3)
+    rows = [["text", "label"], *[["mug", "1 2 3"]] * 3]
+    write_table(tmp_path / "data.csv", rows)
+    with pytest.raises(DataError, match=r"out.xlsx: a worksheet holds 3 rows.*--output_path NAME.csv"):
+        check_here(tmp_path, monkeypatch, output_path="out.xlsx")
+    with pytest.raises(DataError, match="a worksheet holds 3 rows"):
+        write_table(tmp_path / "out.xlsx", rows)
+    with pytest.raises(DataError, match="a worksheet holds 3 rows"):
+        table.write_tables(tmp_path / "out.xlsx", {"answers": [{"text": "mug"}] * 3})
+    table.write_tables(tmp_path / "out.xlsx", {"answers": [{"text": "mug"}] * 2})
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["data.csv", "out.xlsx"]
 
 
 # Rows that nobody here made

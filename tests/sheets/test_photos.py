@@ -1,5 +1,6 @@
 """Odd photos: each gives the right upright RGB picture or a named refusal, and damaged bytes crash nothing."""
 
+import io
 import random
 import struct
 import zlib
@@ -10,7 +11,16 @@ from loguru import logger
 from PIL import Image
 
 from sheets import photos as photos_module
-from sheets.photos import LARGEST_SIDE, PhotoError, check_photo, content_key, open_photo, open_photos
+from sheets.photos import (
+    LARGEST_SIDE,
+    PhotoError,
+    check_photo,
+    content_key,
+    examine_photos,
+    look_of,
+    open_photo,
+    open_photos,
+)
 from sheets.samples import Sample, load_photos
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -130,8 +140,26 @@ def test_odd_photos_come_out_upright_and_rgb(name, tmp_path):
 def test_what_is_no_photo_is_refused_by_name(name, tmp_path):
     make, said = BAD[name]
     make(tmp_path / name)
-    with pytest.raises(PhotoError, match=said):
-        open_photo(tmp_path / name)
+    for enough in (LARGEST_SIDE, 64):
+        with pytest.raises(PhotoError, match=said):
+            open_photo(tmp_path / name, enough)
+
+
+def test_a_photo_is_looked_at_small_and_looks_the_same(tmp_path):
+    noise((18, 16), 1).resize((1440, 1280)).save(tmp_path / "large.jpg", exif=exif(TURNED))
+    whole, small = open_photo(tmp_path / "large.jpg"), open_photo(tmp_path / "large.jpg", 100)
+    assert (whole.size, small.size) == ((1280, 1440), (160, 180))
+    [(_, seen)] = examine_photos([str(tmp_path / "large.jpg")])
+    assert (seen.look ^ look_of(whole)).bit_count() <= 1 and seen.fault == ""
+    thumbnail = Image.open(io.BytesIO(seen.thumbnail))
+    assert thumbnail.format == "JPEG" and max(thumbnail.size) == 96 and len(seen.thumbnail) < 10_000
+
+
+def test_a_jpeg_too_large_at_any_size_is_refused_at_a_small_one_too(tmp_path, monkeypatch):
+    Image.new("RGB", (4096, 64)).save(tmp_path / "wide.jpg")
+    monkeypatch.setattr(photos_module, "_MOST_PIXELS", 4096 * 64 - 1)
+    with pytest.raises(PhotoError, match="too large: 4096 x 64"):
+        open_photo(tmp_path / "wide.jpg", 8)
 
 
 def test_shades_are_kept(tmp_path):
