@@ -122,8 +122,9 @@ def inspect_rows(path: str, reading: SheetOptions, options: CheckDataOptions, ou
     """Read a sheet once, its rows as they are and as training would take them. output: where it is to be written."""
     found = SheetCheck(path, [], [], (), RowFile(Path(output).parent), [])
     too_long = length_check(options)
-    for judged in as_many_as_fit(output, judge_rows(path, options.image_cache_dir, options.missing_photos, True,
-                                                    reading, options.partial_labels)):
+    judged_rows = judge_rows(path, options.image_cache_dir, options.missing_photos, True, reading,
+                             options.partial_labels)
+    for judged in as_many_as_fit(output, judged_rows, "write a .csv instead: --output_path NAME.csv"):
         sample, problems, found.header = judged.sample, judged.problems, judged.row.header
         there = sample.photos
         if options.missing_photos == "placeholder":

@@ -54,8 +54,9 @@ def open_photo(path: str | Path, enough: int = LARGEST_SIDE) -> Image.Image:
     with _opened(path) as opened:
         opened.draft(None, (LARGEST_SIDE, LARGEST_SIDE))  # a large JPEG is decoded small
         _refuse_by_pixels(opened, _MOST_PIXELS)
-        if min(opened.size) * min(1, LARGEST_SIDE / max(opened.size)) < SMALLEST_SIDE:
-            raise PhotoError(f"it is too small to see: {opened.width} x {opened.height} pixels")
+        width, height = (side * min(1, LARGEST_SIDE / max(opened.size)) for side in opened.size)
+        if min(width, height) < SMALLEST_SIDE:
+            raise PhotoError(f"it is too small to see: {width:.0f} x {height:.0f} pixels")
         photo = _as_rgb(ImageOps.exif_transpose(opened)) if enough == LARGEST_SIDE else None
     if photo is None:
         with _opened(path) as opened:  # again, since draft acts once

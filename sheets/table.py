@@ -90,8 +90,7 @@ def write_table(path: str | Path, rows: Iterable[Sequence[str]]) -> None:
             csv.writer(file, delimiter="\t" if kind == ".tsv" else ",").writerows(rows)
 
 
-def as_many_as_fit(path: str | Path, rows: Iterable[Any], way_out: str = "write a .csv instead: --output_path NAME.csv"
-                   ) -> Iterator[Any]:
+def as_many_as_fit(path: str | Path, rows: Iterable[Any], way_out: str = "write a .csv instead") -> Iterator[Any]:
     """Give the rows of a table on; raise DataError where they are more than the file to be written can hold."""
     for count, row in enumerate(rows, start=1):
         if count > _MOST_EXCEL_ROWS and Path(path).suffix.lower() not in (".csv", ".tsv"):

@@ -141,4 +141,4 @@ def test_a_checked_sheet_keeps_its_header_and_can_be_checked_again(tmp_path, mon
     for written in ("once.xlsx", "twice.xlsx"):
         check_data.check(CheckDataOptions(data_path=str(path), output_path=written, html_path="page.html"))
         path = tmp_path / written
-        assert seen(read(path)) == READ
+        assert [row[1:] for row in seen(read(path))] == [row[1:] for row in READ]  # below a header in one row
