@@ -139,7 +139,8 @@ class RolloutOptions:
     temperature: float = option(0.7, "sampling temperature; log-probs are taken at the same one", within="(0, inf)")
     rollout_batch_size: int = option(
         4, "products sampled together, halved where memory runs out; more is faster", within="(0, inf)")
-    prompt_cache_mb: int = option(512, "host memory for prepared prompts and photos, in MiB", within="[0, inf)")
+    prompt_cache_mb: int = option(
+        512, "host memory for prepared prompts and photos, kept or ahead of time, in MiB", within="[0, inf)")
 
 
 @dataclass

@@ -12,7 +12,7 @@ from sheets.samples import DataError
 class Journal:
     """JSON lines on the disk: first what the results depend on, then one line a piece: a row, or a model's row.
 
-    Opening it again gives the rows done so far; a line that a kill cut short counts as not written.
+    Opening it again gives what is done so far; a line that a kill cut short counts as not written.
     """
 
     def __init__(self, path: Path, made_with: Mapping[str, Any]):
@@ -20,6 +20,9 @@ class Journal:
         self.done: dict[int | str, dict[str, Any]] = {}
         head = json.dumps(made_with, sort_keys=True)
         lines = self._whole_lines()
+        if len(lines) < 2:  # nothing is done in it
+            path.unlink(missing_ok=True)
+            lines = []
         if lines and lines[0] != head:
             raise DataError(f"{path}: what is done in there was made with another sheet, model or options; finish "
                             "that run with its own, or delete the file to start anew")

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ground.commands import import_for_good
 from models import lora, weights
 from models.family import AtBirth, Family, ModelError
 from models.minicpm_remote import MiniCPMRemote
@@ -53,6 +54,7 @@ def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32, trust_remo
     model in 4 bits. at_birth: see family.AtBirth. Raises ModelError naming the path, and the known families when it is
     of none.
     """
+    import_for_good("transformers.modeling_utils")  # most of what any family imports
     from transformers import PretrainedConfig
     from transformers.utils import logging
 

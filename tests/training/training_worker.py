@@ -4,12 +4,18 @@ test_two_processes.py: training_worker.py FOLDER, with a shop in it."""
 import faulthandler
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["HF_MODULES_CACHE"] = os.environ.get("HF_MODULES_CACHE", "modules") + os.environ.get("RANK", "")
+
+from ground.commands import import_for_good  # noqa: E402
+
+if __name__ == "__main__":
+    import_for_good("rounding")  # and with it nearly everything
 
 import split_loading  # noqa: E402
 import split_policies  # noqa: E402
@@ -52,6 +58,7 @@ def options_of_case(folder, name, batch_size, **changes):
 
 
 CONFIGS = sorted((ROOT / "configs").glob("minicpm*.yaml"))
+STEPS = 12  # of the run that was killed
 FOR_SEVERAL = [path for path in CONFIGS if "x80gb" in path.name]  # they ask for several processes
 
 
@@ -198,11 +205,23 @@ def whole_parameters(run):
     return [whole(parameter.detach()).clone() for parameter in run.learner.parameters]
 
 
+def fail(folder):
+    """The program in both processes, of which the second fails and the first hangs: torchrun ends both."""
+    def broken(options, processes):
+        processes.most(1)
+        if processes.rank == 1:
+            raise ZeroDivisionError("planted")
+        time.sleep(600)
+
+    training.prepare = broken
+    training.main(TrainOptions(output_dir=str(folder / "failed"), device="cpu"))
+
+
 def main(folder):
     """Every case; an assertion that fails ends the process with its traceback."""
     logger.remove()
-    training.train(settings(folder, folder / "undisturbed", 2))
-    training.train(replace(settings(folder, folder / "killed", 2), resume="auto"))
+    training.train(settings(folder, folder / "undisturbed", 2, STEPS))
+    training.train(replace(settings(folder, folder / "killed", 2, STEPS), resume="auto"))
     split_loading.memory(folder / "large", train_options(folder, folder))
     for kind in split_loading.KINDS:
         split_loading.compare(kind, folder / "read" / kind)
@@ -235,4 +254,4 @@ if __name__ == "__main__":
     faulthandler.dump_traceback_later(1200, exit=True)  # one that hangs says where
     dist.init_process_group("gloo")
     main(Path(sys.argv[1]))
-    dist.destroy_process_group()
+    fail(Path(sys.argv[1]))
