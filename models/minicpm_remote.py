@@ -26,6 +26,7 @@ from sheets.photos import PhotoError
 _MARKERS = ("im_start", "im_end", "slice_start", "slice_end", "im_id_start", "im_id_end", "unk_token")
 _WRITTEN_MARKERS = ("<image>./</image>", "<audio>./</audio>", "<video>./</video>")  # text that processors replace
 _COMPANIONS = {".py", ".json", ".jinja", ".model", "merges.txt", "vocab.txt"}  # kinds of files beside the weights
+_OURS = {"checksums.json", "best.json", "serving.json"}  # written by this program, true of the folder they lie in alone
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class MiniCPMRemote(Family):
         omni = model.config.model_type == "minicpmo"
         photo_marker = "<image>./</image>" if omni and float(processor.version) >= 4.5 else "(<image>./</image>)"
         files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())
-                 if (path.suffix in _COMPANIONS or path.name in _COMPANIONS) and not path.name.endswith(".index.json")}
+                 if (path.suffix in _COMPANIONS or path.name in _COMPANIONS)
+                 and path.name not in _OURS and not path.name.endswith(".index.json")}
         if omni:
             logger.info(f"{model_path}: audio and TTS are off, checkpoints hold language model and vision only")
         return model, tokenizer, RemoteProcessor(processor, photo_marker, files)

@@ -30,8 +30,8 @@ _NO_STATE_DICT = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, Ty
 def stored_tensors(source: Path) -> Iterator[tuple[str, Any]]:
     """Each tensor of a checkpoint folder (safetensors) or a plain model_stepN.pt, its name first; nothing is read yet.
 
-    What comes second is read by read_tensor. Names lose the "module." that
-    DataParallel puts before them. Raises ModelError naming the file that can't be read.
+    What comes second is read by read_tensor. Names lose the "module." that DataParallel puts before them. Raises
+    ModelError naming the file that can't be read.
     """
     if source.is_file():
         state = _read_state_dict(source)

@@ -68,6 +68,7 @@ def test_audio_and_tts_come_back_beside_the_trained_weights(trained, makers, tmp
     assert audio and held.keys() == audio | trained_ones.keys() and not audio & trained_ones.keys()
     assert all(torch.equal(held[name], before[name] if name in audio else trained_ones[name]) for name in held)
     assert (whole / "assets" / "voice.pt").read_bytes() == b"a voice" and not (plain / "assets").exists()
+    assert (trained / "checksums.json").is_file() and not (plain / "checksums.json").exists()
     configs = [json.loads((folder / "config.json").read_text()) for folder in (makers, whole, plain)]
     assert [config.get("init_audio") for config in configs] == [True, True, False]
     assert ["init_tts" in config for config in configs] == [False, False, True]  # the class's own default, on, but ours

@@ -8,11 +8,14 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from models.family import ModelError
 from models.loading import load_minicpm, load_weights
-from models.weights import shape_of, stored_tensors
+from models.weights import fill, own_rows, shape_of, stored_tensors
 from tiny import parts_of
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -122,6 +125,22 @@ def test_each_weight_is_read_in_the_dtype_that_it_is_left_in_at_birth(whole):
                zip(plain.buffers(), held.buffers(), strict=True))
     for target, source in plain.all_tied_weights_keys.items():
         assert held.get_parameter(target) is held.get_parameter(source)
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_own_rows_are_those_that_fsdp_leaves_here(rank):
+    dist.init_process_group("fake", rank=rank, world_size=3, store=FakeStore())
+    try:
+        for rows in (1, 2, 3, 4, 7, 9):
+            layer = torch.nn.Linear(2, rows)
+            whole = [parameter.detach().clone() for parameter in layer.parameters()]
+            fully_shard(layer)
+            for parameter, values in zip(layer.parameters(), whole, strict=True):
+                assert torch.equal(parameter.to_local(), values[own_rows(parameter)])
+                fill(parameter.detach(), values + 1)
+                assert torch.equal(parameter.to_local(), values[own_rows(parameter)] + 1)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_weights_saved_from_data_parallel_are_read(dense_policy, tmp_path):
