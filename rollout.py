@@ -143,8 +143,8 @@ def rollout_groups(encoder: PromptEncoder, samples: Sequence[Sample], group_size
     """Sample one group for each product, rollout_batch_size products at a time, in the order of `samples`.
 
     temperature None answers greedily. seed: with the row it decides every token, whatever products are sampled
-    together. Products whose photos can't be read, whose sampling runs out of memory or whose log-probs are not
-    finite come back as failures.
+    together, but for rounding (Policy.sample). Products whose photos can't be read, whose sampling runs out of memory
+    or whose log-probs are not finite come back as failures.
     """
     failures, prompts = [], {}
     for index, sample in enumerate(samples):

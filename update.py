@@ -65,7 +65,7 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
     minibatches = list(buffer.minibatches(options.epochs, options.minibatch_size, f"{options.seed}/{step}"))
     planned = learner.processes.most(len(minibatches))
     if planned > 1 and learner.policy.dtype != torch.float32:
-        first = rescore(learner, buffer.items, options)
+        first = renew_old_log_probs(learner, buffer.items, options)
     for index in range(planned):
         minibatch = minibatches[index] if index < len(minibatches) else []
         learner.optimizer.zero_grad(set_to_none=True)
@@ -111,7 +111,7 @@ def keep_bad_batch(minibatch: Sequence[Experience], options: TrainOptions, step:
         logger.warning(f"{path}: not written: {problem}")
 
 
-def rescore(learner: Learner, items: Sequence[Experience], options: TrainOptions) -> dict[str, float]:
+def renew_old_log_probs(learner: Learner, items: Sequence[Experience], options: TrainOptions) -> dict[str, float]:
     """Replace old_log_probs, before any weight has moved, by those that the update's passes compute.
 
     In bfloat16 those of sampling differ from them by rounding: from the second optimizer step on it would enter ratio
