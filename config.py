@@ -73,7 +73,8 @@ class SheetOptions:
 
     column: list[str] = option(
         [], "FIELD=NAME, what a column of your sheet is: text, label (or length, width, height and unit), sku_id, "
-            "category or photo; repeat for each; default: columns of these names, photos in sku_img, spu_img_1, ...")
+            "category or photo; repeat for each; default: columns of these names, photos in sku_img, spu_img_1, ..., "
+            "or without these in columns whose cells look like photo addresses")
     sheet_name: str | None = option(None, "worksheet of a workbook; default: the first that is not hidden")
     encoding: str | None = option(
         None, "encoding of a .csv, .tsv, .json or .jsonl; default: UTF-8, or a guess that is logged")
@@ -137,8 +138,9 @@ class RolloutOptions:
     max_length: int = option(64, "new tokens of a candidate, at most", within="(0, inf)")
     temperature: float = option(0.7, "sampling temperature; log-probs are taken at the same one", within="(0, inf)")
     rollout_batch_size: int = option(
-        4, "products sampled together; more is faster and takes more memory", within="(0, inf)")
-    prompt_cache_mb: int = option(512, "host memory for prepared prompts and photos, in MiB", within="[0, inf)")
+        4, "products sampled together, halved where memory runs out; more is faster", within="(0, inf)")
+    prompt_cache_mb: int = option(
+        512, "host memory for prepared prompts and photos, kept or ahead of time, in MiB", within="[0, inf)")
 
 
 @dataclass
@@ -172,15 +174,20 @@ class OptimizerOptions:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", within="(0, inf)")
     epochs: int = option(1, "passes over a step's buffer", within="(0, inf)")
     minibatch_size: int | None = option(
-        None, "products an optimizer step; default: the whole buffer", within="(0, inf)")
+        None, "products an optimizer step on each process, at most: a step's products are cut into even parts; "
+              "default: all of them", within="(0, inf)")
     micro_batch_size: int = option(
-        1, "products a forward and backward pass; changes memory and speed, not the result; 0 starts with what fits "
-           "the GPU (on a CPU, with all) and halves when memory runs out", within="[0, inf)")
+        1, "products a forward and backward pass, halved where memory runs out; changes memory and speed, not the "
+           "result; 0 starts with what fits the GPU (on a CPU, with all)", within="[0, inf)")
     max_bad_steps: int = option(
-        5, "stop after so many steps in a row with a non-finite loss or gradient", within="(0, inf)")
-    max_kl: float = option(10.0, "warn of every step whose mean KL from the reference is above", within="(0, inf)")
+        5, "stop after so many steps in a row without an optimizer step: no answers, none that counts, or no finite "
+           "loss and gradient", within="(0, inf)")
+    max_kl: float = option(
+        1.0, "warn when the mean KL from the reference, in nats a token, has risen by more since the first step; again "
+             "when it has doubled", within="(0, inf)")
     min_entropy: float = option(
-        0.0, "warn of every step whose mean entropy, in nats a token, is below", within="[0, inf)")
+        0.1, "warn when the mean entropy has fallen below this share of the first step's; again when it has halved",
+        within="[0, 1)")
 
 
 @dataclass
@@ -231,7 +238,7 @@ class CompareOptions(SheetOptions):
     accept_error: float = option(
         0.2, "share of wrong answers at most among those to be accepted without review", within="(0, 1)")
     max_products: int | None = option(None, "look at the first so many products only", within="(0, inf)")
-    eval_batch_size: int = option(8, "products answered together", within="(0, inf)")
+    eval_batch_size: int = option(8, "products answered together; halved when memory runs out", within="(0, inf)")
     seed: int = option(0, "seed of the sampled answers", within="[0, inf)")
     output_dir: str | None = option(
         None, "where compare.html, .xlsx and .json go; default: compare/ beside the checkpoint")
@@ -283,7 +290,7 @@ class CheckRewardOptions(SheetOptions):
     temperature: float | None = option(None, "sampling temperature; default: that of training", within="(0, inf)")
     max_length: int | None = option(None, "new tokens of an answer at most; default: as in training", within="(0, inf)")
     max_products: int | None = option(64, "look at the first so many products only", within="(0, inf)")
-    eval_batch_size: int = option(8, "products answered together", within="(0, inf)")
+    eval_batch_size: int = option(8, "products answered together; halved when memory runs out", within="(0, inf)")
     seed: int = option(0, "seed of the sampled answers", within="[0, inf)")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
     num_threads: int | None = option(None, "CPU threads for torch", within="(0, inf)")
@@ -300,6 +307,9 @@ class ExportOptions(SheetOptions):
     data_path: str | None = option(None, "a sheet with products to compare answers on; default: the training sheet")
     image_cache_dir: str | None = option(None, "folder with its photos; default: that of the training run")
     num_products: int = option(4, "products answered by the checkpoint and by what was written", within="(0, inf)")
+    keep_audio: bool = option(
+        False, "MiniCPM-o: write the makers' audio and TTS weights back beside the trained ones, for those of their "
+               "programs that want them even where nobody speaks")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
     num_threads: int | None = option(None, "CPU threads for torch", within="(0, inf)")
 

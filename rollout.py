@@ -15,6 +15,7 @@ from loguru import logger
 from PIL import Image
 from torch import Tensor
 
+from ground.errors import UserError
 from models.family import Prompt
 from models.policy import Generation, Policy
 from prompts import build_prompt
@@ -53,14 +54,24 @@ class RolloutFailure:
         return f"{self.sample.sheet} row {self.sample.row} ({self.sample.product_id}): {self.reason}"
 
 
-class PromptTooLong(ValueError):
+class PromptError(ValueError):
+    """A product that no prompt can be made of; the text says why."""
+
+
+class PromptTooLong(PromptError):
     """A product whose text alone is longer than the limit; the text says by how much."""
+
+
+# What processors raise for a product they were not made for, those that come with a model's weights among them.
+_PROCESSOR_ERRORS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RuntimeError,
+                     OSError, MemoryError)
 
 
 class PromptEncoder:
     """Turn samples into prompts, keeping recent ones: least recently used go first beyond cache_mb.
 
-    prefetch() prepares those to come on a thread of its own, while the model computes.
+    One thread prepares all of them: the code of an image processor may bear no second one. prefetch() prepares those to
+    come while the model computes; they count towards cache_mb, too. Ask from one thread only.
     """
 
     def __init__(self, policy: Policy, language: str = "zh", template: str | None = None, cache_mb: int = 512,
@@ -72,34 +83,63 @@ class PromptEncoder:
         self.max_prompt_length = max_prompt_length
         self.open_photos = open_photos
         self._limit = cache_mb * 2 ** 20
-        self._held: OrderedDict[tuple[str, int], Prompt] = OrderedDict()
-        self._bytes = 0
-        self._coming: dict[tuple[str, int], Future[Prompt]] = {}
-        self._worker = ThreadPoolExecutor(1, "prompts")  # one: image processors that come with a model may not share
+        self._held: OrderedDict[Sample, Prompt] = OrderedDict()
+        self._bytes = 0  # of what is held
+        self._wanted: dict[Sample, None] = {}  # to be prepared ahead, in this order, when there is room
+        self._coming: dict[Sample, Future[Prompt]] = {}
+        self._largest = 0  # bytes of a prompt so far
+        self._worker = ThreadPoolExecutor(1, "prompts")
 
     def prefetch(self, samples: Sequence[Sample]) -> None:
         """Begin to prepare the prompts of samples that encode() will be asked for; what fails is raised there."""
         for sample in samples:
-            key = (sample.sheet, sample.row)
-            if key not in self._held and key not in self._coming:
-                self._coming[key] = self._worker.submit(self._encode_within_limit, sample)
+            if sample in self._held:
+                self._held.move_to_end(sample)
+            elif sample not in self._coming:
+                self._wanted[sample] = None
+        self._prepare_wanted()
 
     def encode(self, sample: Sample) -> Prompt:
         """Prepare one product's prompt.
 
-        Raises PhotoError naming the row when a photo can't be read, PromptTooLong when dropping photos does not help.
+        Raises PhotoError naming the row when a photo can't be read, PromptError when no prompt can be made of the
+        product: the model's processor raises, or dropping photos does not make it short enough.
         """
-        key = (sample.sheet, sample.row)
-        if key in self._held:
-            self._held.move_to_end(key)
-            return self._held[key]
-        coming = self._coming.pop(key, None)
-        prompt = coming.result() if coming else self._encode_within_limit(sample)
-        self._held[key] = prompt
+        if sample in self._held:
+            self._held.move_to_end(sample)
+            return self._held[sample]
+        self._wanted.pop(sample, None)
+        coming = self._coming.pop(sample, None) or self._worker.submit(self._encode_within_limit, sample)
+        prompt = coming.result()
+        self._largest = max(self._largest, prompt.num_bytes)
+        self._held[sample] = prompt
         self._bytes += prompt.num_bytes
-        while self._bytes > self._limit:
-            self._bytes -= self._held.popitem(last=False)[1].num_bytes
+        self._prepare_wanted()
         return prompt
+
+    def forget(self, samples: Sequence[Sample]) -> None:
+        """Keep the prompts of these samples no longer."""
+        for sample in samples:
+            prompt = self._held.pop(sample, None)
+            self._bytes -= prompt.num_bytes if prompt else 0
+
+    def _prepare_wanted(self) -> None:
+        """Begin to prepare what is wanted and has room; what is held makes way for it."""
+        while self._wanted and self._has_room():
+            sample = next(iter(self._wanted))
+            del self._wanted[sample]
+            self._coming[sample] = self._worker.submit(self._encode_within_limit, sample)
+        while self._held and self._bytes + self._bytes_coming() > self._limit:
+            self.forget([next(iter(self._held))])
+
+    def _has_room(self) -> bool:
+        if not self._largest:  # the first says how large they are
+            return self._limit > 0 and not self._coming
+        return self._bytes_coming() + self._largest <= self._limit
+
+    def _bytes_coming(self) -> int:
+        """Bytes of the prompts prepared ahead; one that is not done yet counts as the largest so far."""
+        return sum(_bytes_of(coming) if coming.done() else self._largest for coming in self._coming.values())
 
     def _encode_within_limit(self, sample: Sample) -> Prompt:
         """Drop whole photos from the end until the prompt fits: a cut through a photo's tokens would break it."""
@@ -111,15 +151,24 @@ class PromptEncoder:
             kept -= 1
             prompt = self.encode_parts(sample.text, photos[:kept])
         if limit and len(prompt.input_ids) > limit:
-            raise PromptTooLong(f"the text alone makes {len(prompt.input_ids)} tokens, --max_prompt_length is {limit}")
+            raise PromptTooLong(f"the text alone makes {len(prompt.input_ids)} tokens, max_prompt_length is {limit}")
         if kept < len(photos):
             logger.warning(f"{sample.sheet} row {sample.row} ({sample.product_id}): {kept} of {len(photos)} photos "
-                           f"used, for --max_prompt_length {limit}")
+                           f"used, for max_prompt_length {limit}")
         return prompt
 
     def encode_parts(self, text: str, photos: Sequence[Any]) -> Prompt:
-        """Prepare a prompt from a text and opened photos."""
-        return self.policy.encode_prompt(build_prompt(text, photos, self.language, self.template), photos)
+        """Prepare a prompt from a text and opened photos; raises PromptError for what the processor raises."""
+        try:
+            return self.policy.encode_prompt(build_prompt(text, photos, self.language, self.template), photos)
+        except UserError:
+            raise
+        except _PROCESSOR_ERRORS as problem:
+            raise PromptError(f"the model's processor fails on it: {type(problem).__name__}: {problem}") from problem
+
+
+def _bytes_of(prepared: Future[Prompt]) -> int:
+    return 0 if prepared.exception() else prepared.result().num_bytes
 
 
 def rollout(model: Any, tokenizer: Any, image_processor: Any, text: str, images: Sequence[Any], ground_truth: Any,
@@ -143,26 +192,30 @@ def rollout_groups(encoder: PromptEncoder, samples: Sequence[Sample], group_size
     """Sample one group for each product, rollout_batch_size products at a time, in the order of `samples`.
 
     temperature None answers greedily. seed: with the row it decides every token, whatever products are sampled
-    together, but for rounding (Policy.sample). Products whose photos can't be read, whose sampling runs out of memory
-    or whose log-probs are not finite come back as failures.
+    together, but for rounding (Policy.sample). Where memory runs out, fewer are sampled together, from then on.
+    Products whose photos can't be read, for which alone there is no memory or whose log-probs are not finite come back
+    as failures.
     """
     failures, prompts = [], {}
     for index, sample in enumerate(samples):
         try:
             prompts[index] = encoder.encode(sample)
-        except (PhotoError, PromptTooLong) as problem:
+        except (PhotoError, PromptError) as problem:
             failures.append(RolloutFailure(sample, str(problem)))
     groups: dict[int, Group] = {}
     by_length = sorted(prompts, key=lambda index: len(prompts[index].input_ids))  # little padding, few masks
-    for start in range(0, len(by_length), rollout_batch_size):
-        chunk = by_length[start:start + rollout_batch_size]
-        try:
-            sampled = _sample_groups(encoder.policy, [samples[index] for index in chunk],
-                                     [prompts[index] for index in chunk], group_size, temperature, max_length, seed)
-        except torch.OutOfMemoryError:
-            failures += [RolloutFailure(samples[index], f"out of memory while sampling {len(chunk)} products x "
-                                                        f"{group_size} answers; lower --rollout_batch_size")
-                         for index in chunk]
+
+    def sample_some(chunk: Sequence[int]) -> list[Group]:
+        return _sample_groups(encoder.policy, [samples[index] for index in chunk], [prompts[index] for index in chunk],
+                              group_size, temperature, max_length, seed)
+
+    for chunk, sampled in encoder.policy.sampled_together.passes(by_length, sample_some, "sampling",
+                                                                 rollout_batch_size):
+        if sampled is None:
+            tokens = len(prompts[chunk[0]].input_ids)
+            failures.append(RolloutFailure(samples[chunk[0]], f"out of memory while sampling it alone, {tokens} prompt "
+                                           f"tokens and {group_size} answers; smaller photos, a shorter text or fewer "
+                                           "answers take less"))
             continue
         for index, group in zip(chunk, sampled, strict=True):
             if bool(torch.isfinite(group.old_log_probs).all()):

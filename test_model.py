@@ -23,15 +23,15 @@ from typing import Any
 
 import torch
 from loguru import logger
-from tqdm import tqdm
 
 from config import AnswerOptions, SheetOptions, TrainOptions
-from evidence.journal import Journal
+from evidence.evaluation import in_chunks
+from evidence.journal import Journal, weights_of
 from evidence.report import answer_line, sizes_text, write_sheet
 from ground.files import whole_file
 from ground.options import sheet_options
 from reward import RewardParts
-from sheets.columns import header_number
+from sheets.columns import header_rows
 from sheets.samples import (
     DataError,
     PhotoError,
@@ -149,16 +149,13 @@ def answer_rest(model: TrainedModel, samples: Sequence[Sample], journal: Journal
     """Answer the products that the journal lacks, noting each few of them as they are done."""
     encoder = model.encoder()
     rest = [sample for sample in samples if sample.row not in journal.done]
-    with tqdm(total=len(samples), initial=len(samples) - len(rest), unit="product", disable=None) as bar:
-        for start in range(0, len(rest), options.eval_batch_size):
-            chunk = rest[start:start + options.eval_batch_size]
-            records, failures = model.answer(encoder, chunk, options.num_samples, options.seed,
-                                             greedy=options.num_samples == 1)
-            for failure in failures:
-                logger.warning(f"not answered: {failure}")
-            journal.add([(record.sample.row, answer_line(record, options.accept_at)) for record in records]
-                        + [(failure.sample.row, no_answer(failure.reason)) for failure in failures])
-            bar.update(len(chunk))
+    for chunk in in_chunks(encoder, rest, options.eval_batch_size, "answering", len(samples) - len(rest)):
+        records, failures = model.answer(encoder, chunk, options.num_samples, options.seed,
+                                         greedy=options.num_samples == 1)
+        for failure in failures:
+            logger.warning(f"not answered: {failure}")
+        journal.add([(record.sample.row, answer_line(record, options.accept_at)) for record in records]
+                    + [(failure.sample.row, no_answer(failure.reason)) for failure in failures])
 
 
 def no_answer(problem: str) -> dict[str, Any]:
@@ -170,15 +167,15 @@ def no_answer(problem: str) -> dict[str, Any]:
 def rows_with_answers(data_path: Path, sheet: SheetOptions, done: Mapping[int, dict[str, Any]],
                       noted: Mapping[int, Sequence[str]]) -> Iterator[dict[str, Any]]:
     """Put the answers beside the sheet's own columns: every row that is not blank, in the sheet's order."""
-    header = header_number(data_path, sheet, ("text",))
+    header = header_rows(data_path, sheet, ("text",))
     taken = {"row", *no_answer("")}
     names: list[str] = []
     for number, cells in read_table(data_path, sheet):
-        if number == header:
+        if number == header[0]:
             for place, column in enumerate(cells, start=1):
                 names.append(column if column and column not in taken else f"{column or 'column'} ({place})")
                 taken.add(names[-1])
-        elif number > header:
+        elif number > header[-1]:
             line = done.get(number) or no_answer("")
             problems = [*noted.get(number, []), line["problem"]]
             cells = [*cells, *[""] * (len(names) - len(cells))]
@@ -189,11 +186,9 @@ def rows_with_answers(data_path: Path, sheet: SheetOptions, done: Mapping[int, d
 def made_with(options: AnswerOptions, trained: TrainOptions) -> dict[str, Any]:
     """What the answers of a sheet depend on: a journal made with anything else is not gone on from."""
     free = {"eval_batch_size", "num_threads", "device", "image_cache_dir", "output_path"}
-    weights = Path(options.checkpoint_path or options.model_path)
-    files = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights] if weights.is_file() else []
     return {"options": {name: value for name, value in asdict(options).items() if name not in free},
             "trained": asdict(trained), "sheet": hashlib.sha256(Path(str(options.data_path)).read_bytes()).hexdigest(),
-            "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]}
+            "weights": weights_of(options.checkpoint_path or options.model_path)}
 
 
 def main(options: AnswerOptions) -> None:

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from models.family import Family, ModelError, Prompt, chat_parts, prompt_ids
-from sheets.samples import PhotoError
+from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, prompt_ids
+from models.weights import load_checked, native_class
+from sheets.photos import PhotoError
 
 _MARKERS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
@@ -31,9 +32,10 @@ class Qwen25VL(Family):
     vision_names = ("model.visual",)  # its mergers are inside
     cuts_slices = False
 
-    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None) -> tuple[nn.Module, Any, Any]:
+    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None, at_birth: AtBirth | None = None
+             ) -> tuple[nn.Module, Any, Any]:
         """Load (model, tokenizer, image processor); raises OSError when files are missing."""
-        from transformers import AutoModelForImageTextToText, AutoTokenizer, ProcessorMixin
+        from transformers import AutoTokenizer, ProcessorMixin
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         tokenizer = AutoTokenizer.from_pretrained(model_path)
@@ -44,7 +46,8 @@ class Qwen25VL(Family):
             raise ModelError(f"{model_path}: no chat template, neither a chat_template file nor one in "
                              "tokenizer_config.json")
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(model_path)
-        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype, quantization_config=quantization)
+        model = load_checked(native_class(model_path), model_path, at_birth, dtype=dtype,
+                             quantization_config=quantization)
         _check_parts(model_path, model.config, tokenizer, image_processor)
         patches = model.model.visual.patch_embed
         patches.forward = partial(_embed_patches, patches)

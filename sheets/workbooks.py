@@ -3,7 +3,7 @@
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from python_calamine import CalamineError, CalamineSheet, CalamineWorkbook, SheetTypeEnum, SheetVisibleEnum
@@ -31,7 +31,7 @@ def read_workbook(path: Path, options: SheetOptions) -> Iterator[Row]:
     try:
         with CalamineWorkbook.from_path(path) as book:
             sheet = book.get_sheet_by_name(_choose_sheet(path, book, options.sheet_name))
-        if sheet.merged_cell_ranges is None and _stands_in(path, _MERGED):
+        if sheet.merged_cell_ranges is None and stands_in(path, _MERGED):
             say_once("WARNING", f"{path}: it holds cells merged over several rows, and in a {path.suffix.lower()} file "
                                 "these count for the first of them only: fill in the others, or save it as .xlsx")
         yield from _rows(sheet)
@@ -40,20 +40,26 @@ def read_workbook(path: Path, options: SheetOptions) -> Iterator[Row]:
                         "again as .xlsx or .csv") from error
 
 
+def chosen_sheet(path: Path, options: SheetOptions) -> str:
+    """Return the name of the worksheet that is read."""
+    with CalamineWorkbook.from_path(path) as book:
+        return _choose_sheet(path, book, options.sheet_name)
+
+
 def _panics() -> list[type[BaseException]]:
     """The errors by which compiled code gives up on a damaged .xls or .xlsb: in no module, and no Exception either."""
     return [kind for kind in BaseException.__subclasses__() if kind.__name__ == "PanicException"]
 
 
 def _rows(sheet: CalamineSheet) -> Iterator[Row]:
-    left = sheet.start[1] if sheet.start else 0
+    before = [""] * (sheet.start[1] if sheet.start else 0)  # so that the first cell is that of column A
     merged: dict[int, dict[int, int]] = {}  # top row -> column -> last row of a cell merged downwards
     for (top, column), (bottom, _) in sheet.merged_cell_ranges or []:
-        if bottom > top and 0 <= column - left < sheet.width:
-            merged.setdefault(top, {})[column - left] = bottom
+        if bottom > top and 0 <= column - len(before) < sheet.width:
+            merged.setdefault(top, {})[column] = bottom
     above: dict[int, tuple[int, str]] = {}  # column -> last row and text of the merged cell it is in
     for index, values in enumerate(sheet.iter_rows()):
-        cells = [value.strip() if type(value) is str else as_text(value) for value in values]
+        cells = [*before, *(value.strip() if type(value) is str else as_text(value) for value in values)]
         if any(cells):
             for column, (bottom, text) in above.items():
                 cells[column] = text if index <= bottom else cells[column]
@@ -80,10 +86,10 @@ def _choose_sheet(path: Path, book: CalamineWorkbook, wanted: str | None) -> str
 
 def has_formulas_without_value(path: Path) -> bool:
     """Say whether a workbook holds a formula that no spreadsheet program has worked out yet."""
-    return _stands_in(path, _NO_VALUE)
+    return stands_in(path, _NO_VALUE)
 
 
-def _stands_in(path: Path, marks: dict[str, tuple[re.Pattern[str], re.Pattern[bytes]]]) -> bool:
+def stands_in(path: Path, marks: Mapping[str, tuple[re.Pattern[str], re.Pattern[bytes]]]) -> bool:
     """Say whether the mark of its kind stands in one of a workbook's parts."""
     if path.suffix.lower() not in marks:
         return False

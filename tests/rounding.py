@@ -19,7 +19,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5  # noqa: F401
 from transformers.models.qwen3_vl import modeling_qwen3_vl  # noqa: F401
 
 import train_vlm_parallel  # noqa: F401
-from models import loading
+from models import loading, weights
 
 FLOAT32 = torch.float32
 
@@ -46,6 +46,7 @@ def float64(*policies):
         patch.setattr(loading.load_minicpm, "__defaults__", (torch.float64, *loading.load_minicpm.__defaults__[1:]))
         patch.setattr(PreTrainedModel, "from_pretrained", classmethod(aside(PreTrainedModel.from_pretrained.__func__)))
         patch.setattr(PreTrainedModel, "save_pretrained", aside(PreTrainedModel.save_pretrained))
+        patch.setattr(weights, "read_tensor", aside(weights.read_tensor))
         for name in ("load_file", "save_file"):
             patch.setattr(safetensors.torch, name, aside(getattr(safetensors.torch, name)))
         patch.setattr(torch, "float32", torch.float64)

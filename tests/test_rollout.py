@@ -1,6 +1,7 @@
 """One product -> one group; what fails is named and never trains."""
 
 import threading
+from concurrent.futures import wait
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from rollout import PromptEncoder, draw_uniforms, rollout, rollout_groups
 from rounding import float64
 from sheets.samples import PhotoError, Sample, load_photos
 from tiny import noise_photo
+from training.preflight import largest_product
 
 
 def sample_of(tmp_path, row, text="box", photos=1, label=(12.0, 8.0, 15.0)):
@@ -57,6 +59,36 @@ def test_answers_depend_on_seed_and_row_not_on_the_batch(policy, tmp_path):
     assert [group.answers for group in together] != [group.answers for group in other_seed]
 
 
+def test_what_a_processor_raises_is_the_failure_of_its_row(remote_policy, tmp_path):
+    samples = [sample_of(tmp_path, row) for row in range(2, 5)]
+    noise_photo(1, (500, 8)).save(samples[1].photos[0])
+    remote_policy.max_pixels = 600  # leaves that photo 3 pixels high: the processor takes its rows for colours
+    groups, failures = groups_of(remote_policy, samples, batch=2)
+    assert [group.sample.row for group in groups] == [2, 4]
+    assert [str(failure) for failure in failures] == ["sheet.xlsx row 3 (p3): the model's processor fails on it: "
+                                                      f"ValueError: {failures[0].reason.partition('ValueError: ')[2]}"]
+    assert "mean must have" in failures[0].reason
+
+
+@pytest.mark.parametrize("problem", [ValueError, TypeError, KeyError, IndexError, AssertionError, RuntimeError,
+                                     ZeroDivisionError, AttributeError, OSError])
+def test_an_error_in_a_prompt_prepared_ahead_is_that_of_its_row(dense_policy, tmp_path, monkeypatch, problem):
+    good = dense_policy.encode_prompt
+
+    def broken(text, photos):
+        if "odd" in text:
+            raise problem("planted")
+        return good(text, photos)
+
+    monkeypatch.setattr(dense_policy, "encode_prompt", broken)
+    samples = [sample_of(tmp_path, 2), sample_of(tmp_path, 3, text="odd"), sample_of(tmp_path, 4)]
+    encoder = PromptEncoder(dense_policy)
+    encoder.prefetch(samples)
+    groups, failures = rollout_groups(encoder, samples, 2, 0.7, 4, "0", 2)
+    assert [group.sample.row for group in groups] == [2, 4] and "planted" in str(failures[0])
+    assert largest_product(encoder, samples)[0].row in (2, 4)
+
+
 def test_an_unreadable_photo_fails_its_product_only(dense_policy, tmp_path):
     samples = [sample_of(tmp_path, row) for row in (2, 3, 4)]
     samples[1].photos[0].write_bytes(b"<html>not a photo</html>")
@@ -72,12 +104,21 @@ def test_non_finite_log_probs_are_a_failure_not_an_answer(dense_policy, tmp_path
     assert groups == [] and "not finite" in str(failures[0])
 
 
-def test_running_out_of_memory_names_the_option(dense_policy, tmp_path, monkeypatch):
-    def explode(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(dense_policy, "sample", explode)
-    groups, failures = groups_of(dense_policy, [sample_of(tmp_path, 2), sample_of(tmp_path, 3)], batch=2)
-    assert groups == [] and len(failures) == 2 and "--rollout_batch_size" in str(failures[0])
+def test_a_product_without_memory_is_named_and_the_others_are_sampled_in_halves(dense_policy, tmp_path, monkeypatch):
+    good, sizes = dense_policy.sample, []
+
+    def limited(prompts, *args):
+        sizes.append(len(prompts))
+        if len(prompts) > 1 or len(sizes) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return good(prompts, *args)
+
+    monkeypatch.setattr(dense_policy, "sample", limited)
+    samples = [sample_of(tmp_path, row) for row in (2, 3, 4, 5)]
+    groups, failures = groups_of(dense_policy, samples, batch=4)
+    assert sizes == [4, 2, 1, 1, 1, 1] and len(groups) == 3 and len(failures) == 1
+    assert "out of memory while sampling it alone" in str(failures[0]) and "smaller photos" in str(failures[0])
+    assert groups_of(dense_policy, samples, batch=4)[1] == [] and sizes[6:] == [1] * 4  # it is remembered
 
 
 def test_prompt_cache_is_bounded_and_gives_the_same_prompt(dense_policy, tmp_path):
@@ -111,10 +152,52 @@ def test_prompts_to_come_are_prepared_on_another_thread(dense_policy, tmp_path):
         encoder.encode(samples[1])
     encoder.encode(samples[2])
     encoder.prefetch(samples[:1])  # it is held already
-    assert threads == [(2, False), (3, False), (4, True)]
+    assert threads == [(2, False), (3, False), (4, False)]
     wanted = PromptEncoder(dense_policy).encode(samples[0])
     assert torch.equal(first.input_ids, wanted.input_ids)
     assert torch.equal(first.photos["pixel_values"], wanted.photos["pixel_values"])
+
+
+def test_one_thread_alone_asks_the_image_processor(dense_policy, tmp_path, monkeypatch):
+    samples = [sample_of(tmp_path, row) for row in range(2, 10)]
+    good, threads = dense_policy.encode_prompt, set()
+
+    def watched(text, photos):
+        threads.add(threading.current_thread().name)
+        return good(text, photos)
+
+    monkeypatch.setattr(dense_policy, "encode_prompt", watched)
+    encoder = PromptEncoder(dense_policy)
+    encoder.prefetch(samples[4:])
+    for sample in samples:
+        encoder.encode(sample)
+    assert len(threads) == 1
+
+
+def test_prompts_to_come_count_towards_the_cache(dense_policy, tmp_path):
+    samples = [sample_of(tmp_path, row) for row in range(2, 10)]
+    wanted = [PromptEncoder(dense_policy).encode(sample) for sample in samples]
+    opened = []
+
+    def open_photos(sample):
+        opened.append(sample.row)
+        return load_photos(sample)
+
+    encoder = PromptEncoder(dense_policy, open_photos=open_photos)
+    encoder._limit = int(3.5 * wanted[0].num_bytes)
+    for index, sample in enumerate(samples):
+        encoder.prefetch(samples[index:])
+        wait(encoder._coming.values())
+        assert opened == [one.row for one in samples[:index + 3 if index else 1]]  # the first says how large they are
+        assert encoder._bytes + encoder._bytes_coming() <= encoder._limit
+        assert torch.equal(encoder.encode(sample).photos["pixel_values"], wanted[index].photos["pixel_values"])
+        encoder.forget([sample])
+    nothing_ahead = PromptEncoder(dense_policy, cache_mb=0, open_photos=open_photos)
+    opened.clear()
+    nothing_ahead.prefetch(samples)
+    assert not nothing_ahead._coming
+    nothing_ahead.encode(samples[1])
+    assert opened == [3]
 
 
 def test_a_prompt_too_long_loses_whole_photos_from_the_end(policy, tmp_path):

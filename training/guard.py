@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from config import TrainOptions
 from models.family import ModelError, Prompt
 from models.policy import Policy
-from rollout import PromptEncoder, RolloutFailure, draw_uniforms
+from models.processes import ALONE, Processes
+from models.sharding import differentiating, gathered, gathering_in_float32, is_split
+from rollout import PromptEncoder, PromptError, RolloutFailure, draw_uniforms
 from sheets.samples import PhotoError, Sample
 
 GROUP, TOKENS = 2, 16  # answers to each prompt, and tokens of an answer at most: more only take longer
@@ -74,15 +76,17 @@ class Outcome:
 
 
 def check_fast_path(policy: Policy, reference: Policy | None, shares_vision: bool, encoder: PromptEncoder,
-                    products: Sequence[Sample], options: TrainOptions) -> None:
+                    products: Sequence[Sample], options: TrainOptions, processes: Processes = ALONE) -> None:
     """Compare log-probs of sampling, update and reference, and the policy's gradient, on a product of the sheet.
 
-    Raises ModelError naming what differs and in which batch. The slow path takes one answer at a time, so it needs no
-    more memory than training does.
+    All processes call this together, for the same products: what is split is looked at as it is. Raises ModelError
+    naming what differs and in which batch. The slow path takes one answer at a time, so it needs no more memory than
+    training does.
     """
     begin = time.perf_counter()
     prompts = choose_prompts(encoder, products)
-    if not prompts:
+    if not all(processes.gather(bool(prompts))):  # what is split computes in all processes or in none
+        logger.warning("the fast path is not checked: not every process can open a product")
         return
     trial = make_trial(policy, prompts, options)
     theirs = trial
@@ -92,7 +96,7 @@ def check_fast_path(policy: Policy, reference: Policy | None, shares_vision: boo
     if policy.dtype == torch.float32:
         said = compare(policy, reference, trial, theirs, slow_path(policy, trial), EXACT)
     else:
-        said = compare_rounded(policy, reference, trial, theirs)
+        said = compare_rounded(policy, reference, trial, theirs, processes)
     lengths = " and ".join(str(len(prompt.input_ids)) for prompt in prompts)
     logger.info(f"fast path against one answer at a time: {said}; prompts of {lengths} tokens, "
                 f"{time.perf_counter() - begin:.1f} s")
@@ -105,12 +109,13 @@ def choose_prompts(encoder: PromptEncoder, products: Sequence[Sample]) -> list[P
     """
     for product in sorted(products, key=lambda sample: not sample.photos):
         try:
-            prompt = encoder.encode_parts(product.text, encoder.open_photos(product)[:PHOTOS])
-        except PhotoError as problem:
+            prompt = encoder.encode(replace(product, photos=product.photos[:PHOTOS]))
+            text = product.text if prompt.photos else f"{product.text} 1 2 3 4 5"
+            other = encoder.encode(replace(product, text=text, photos=()))
+        except (PhotoError, PromptError) as problem:
             logger.warning(f"the fast path can't be checked on this product: {RolloutFailure(product, str(problem))}")
             continue
-        text = product.text if prompt.photos else f"{product.text} 1 2 3 4 5"
-        return sorted([prompt, encoder.encode_parts(text, [])], key=lambda each: len(each.input_ids))
+        return sorted([prompt, other], key=lambda each: len(each.input_ids))
     return []
 
 
@@ -120,13 +125,14 @@ def make_trial(policy: Policy, prompts: list[Prompt], options: TrainOptions) -> 
         features = policy.photo_features(prompts)
     columns = min(options.max_length, TOKENS)
     uniforms = torch.cat([draw_uniforms(f"guard/{place}", GROUP, columns) for place in range(len(prompts))])
-    answers = policy.sample(prompts, features, uniforms, options.temperature)
+    with gathered(policy):
+        answers = policy.sample(prompts, features, uniforms, options.temperature)
     return Trial(prompts, features, uniforms, answers.completions, answers.action_mask, options.temperature)
 
 
-def compare_rounded(policy: Policy, reference: Policy | None, trial: Trial, theirs: Trial) -> str:
+def compare_rounded(policy: Policy, reference: Policy | None, trial: Trial, theirs: Trial, processes: Processes) -> str:
     """Compare the policy in float32 where that fits, and all as it trains; returns the largest gaps in words."""
-    exact = compare_in_float32(policy, trial)
+    exact = compare_in_float32(policy, trial, processes)
     slow = slow_path(policy, trial)
     if exact is None:
         return compare(policy, reference, trial, theirs, slow, ROUNDED)
@@ -135,14 +141,14 @@ def compare_rounded(policy: Policy, reference: Policy | None, trial: Trial, thei
     return f"{said} in float32; {compare(policy, reference, trial, theirs, slow, limits)} in bfloat16"
 
 
-def compare_in_float32(policy: Policy, trial: Trial) -> tuple[str, Outcome] | None:
+def compare_in_float32(policy: Policy, trial: Trial, processes: Processes) -> tuple[str, Outcome] | None:
     """Compare the policy's paths, which are the reference's as well, in float32.
 
     Returns the largest gaps in words and what the slow path gave, None where there is no room for that.
     """
     four_bits = getattr(policy.model, "is_loaded_in_4bit", False)
     try:
-        if not four_bits:
+        if not four_bits and all(processes.gather(has_room(policy))):
             with in_float32(policy) as wide:
                 slow = slow_path(wide, trial)
                 return compare(wide, None, trial, trial, slow, EXACT), joined(slow)
@@ -158,17 +164,26 @@ def compare_in_float32(policy: Policy, trial: Trial) -> tuple[str, Outcome] | No
     return None
 
 
+def has_room(policy: Policy) -> bool:
+    """Whether the GPU holds all weights of a split policy in float32 too: no process alone could back out of that."""
+    if not is_split(policy) or policy.device.type != "cuda":
+        return True
+    wanted = 4 * sum(parameter.numel() for parameter in policy.model.parameters())
+    return torch.cuda.mem_get_info(policy.device)[0] > 1.2 * wanted
+
+
 @contextmanager
 def in_float32(policy: Policy) -> Iterator[Policy]:
     """The same policy computing in float32: what its language model holds in bfloat16 is widened for the time."""
     wide = copy.copy(policy)
     wide.dtype = torch.float32
     held = {parameter for part in (policy.family.language_model(policy.model), policy.family.head(policy.model))
-            for parameter in part.parameters() if parameter.dtype == torch.bfloat16}
+            for parameter in part.parameters() if parameter.dtype == torch.bfloat16 and not is_split(policy)}
     try:
         for parameter in held:
             parameter.data = parameter.data.float()
-        yield wide
+        with gathering_in_float32(policy):
+            yield wide
     finally:
         for parameter in held:
             parameter.data = parameter.data.bfloat16()  # to the bit what it was
@@ -196,10 +211,11 @@ def compare(policy: Policy, reference: Policy | None, trial: Trial, theirs: Tria
         part = trial.part(places)
         fast = outcome_of(policy, part, choose_probes(policy))
         judge("updated", batch, joined(slow, places).gap(fast, part.action_mask))
-        answers = policy.sample(part.prompts, part.features, part.uniforms, part.temperature)
-        if not torch.equal(answers.completions, part.completions):  # others than those above
-            part = replace(part, completions=answers.completions, action_mask=answers.action_mask)
-            fast = outcome_of(policy, part, [])
+        with gathered(policy):
+            answers = policy.sample(part.prompts, part.features, part.uniforms, part.temperature)
+            if not torch.equal(answers.completions, part.completions):  # others than those above
+                part = replace(part, completions=answers.completions, action_mask=answers.action_mask)
+                fast = outcome_of(policy, part, [])
         judge("sampled", batch, fast.gap(replace(fast, log_probs=answers.old_log_probs), part.action_mask))
     if reference is not None:
         slow_reference = slow_path(reference, theirs, trains=False)
@@ -229,12 +245,11 @@ def outcome_of(policy: Policy, trial: Trial, probes: Sequence[nn.Parameter], exa
     parts = [slice(row, row + 1) for row in range(len(trial.completions))] if exact_path else [slice(None)]
     log_probs, gradient = [], torch.zeros((), device=policy.device)
     for part in parts:
-        with torch.set_grad_enabled(bool(probes)):
+        with torch.set_grad_enabled(bool(probes)), differentiating(policy, probes) as gradients:
             found, _ = policy.log_probs(trial.prompts, trial.completions[part], trial.action_mask[part],
                                         trial.temperature, trial.features, exact_path, with_entropy=False)
-        if probes:
-            own = torch.autograd.grad(found.sum(), probes)
-            gradient = gradient + torch.cat([each.float().flatten() for each in own])
+            if probes:
+                gradient = gradient + torch.cat([each.float().flatten() for each in gradients(found.sum())])
         log_probs.append(found.detach())
     return Outcome(torch.cat(log_probs), gradient)
 
