@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 from loguru import logger
@@ -124,7 +124,9 @@ def inspect_rows(path: str, reading: SheetOptions, options: CheckDataOptions, ou
     too_long = length_check(options)
     judged_rows = judge_rows(path, options.image_cache_dir, options.missing_photos, True, reading,
                              options.partial_labels)
-    for judged in as_many_as_fit(output, judged_rows, "write a .csv instead: --output_path NAME.csv"):
+    below_header = islice(as_many_as_fit(output, chain([None], judged_rows), "write a .csv instead: --output_path "
+                                         "NAME.csv"), 1, None)
+    for judged in below_header:
         sample, problems, found.header = judged.sample, judged.problems, judged.row.header
         there = sample.photos
         if options.missing_photos == "placeholder":

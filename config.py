@@ -52,7 +52,7 @@ class ModelOptions:
         None, "pixels of a photo at most, larger ones are scaled down; default: the model's own", within="(0, inf)")
     exact_path: bool = option(
         False, "compute every answer on a row of its own instead of a group that shares its prompt: the same "
-               "numbers, slower")
+               "numbers but for rounding, slower")
     gradient_checkpointing: bool = option(
         False, "keep only what enters a layer and compute the rest again in the backward pass: less memory, a third "
                "more time")

@@ -25,7 +25,7 @@ class Experience:
 
     completions: Tensor  # (N, T) ids
     action_mask: Tensor  # (N, T) bool: completion tokens, the stop token included
-    old_log_probs: Tensor  # (N, T) of the tokens taken, while sampling, or as update.rescore takes them
+    old_log_probs: Tensor  # (N, T) of the tokens taken, while sampling, or as update.renew_old_log_probs takes them
     ref_log_probs: Tensor | None  # (N, T) under the reference policy
     rewards: Tensor  # (N,)
     advantages: Tensor  # (N,)

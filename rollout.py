@@ -192,8 +192,9 @@ def rollout_groups(encoder: PromptEncoder, samples: Sequence[Sample], group_size
     """Sample one group for each product, rollout_batch_size products at a time, in the order of `samples`.
 
     temperature None answers greedily. seed: with the sample's key it decides every token, whatever products are
-    sampled together. Where memory runs out, fewer are sampled together, from then on. Products whose photos can't be
-    read, for which alone there is no memory or whose log-probs are not finite come back as failures.
+    sampled together, but for rounding (Policy.sample). Where memory runs out, fewer are sampled together, from then on.
+    Products whose photos can't be read, for which alone there is no memory or whose log-probs are not finite come back
+    as failures.
     """
     failures, prompts = [], {}
     for index, sample in enumerate(samples):

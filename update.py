@@ -67,7 +67,7 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
     parts = learner.processes.most(buffer.parts(options.minibatch_size))  # fewer here: each is smaller, none is missing
     minibatches = list(buffer.minibatches(options.epochs, parts, f"{options.seed}/{step}"))
     if len(minibatches) > 1 and learner.policy.dtype != torch.float32:
-        first = rescore(learner, buffer.items, options)
+        first = renew_old_log_probs(learner, buffer.items, options)
     for index, minibatch in enumerate(minibatches):
         learner.optimizer.zero_grad(set_to_none=True)
         metrics = backward(learner, minibatch, options, on_policy=len(minibatches) == 1)
@@ -118,7 +118,7 @@ def keep_bad_batch(minibatch: Sequence[Experience], options: TrainOptions, step:
         logger.warning(f"{path}: not written: {problem}")
 
 
-def rescore(learner: Learner, items: Sequence[Experience], options: TrainOptions) -> dict[str, float]:
+def renew_old_log_probs(learner: Learner, items: Sequence[Experience], options: TrainOptions) -> dict[str, float]:
     """Replace old_log_probs, before any weight has moved, by those that the update's passes compute.
 
     In bfloat16 those of sampling differ from them by rounding: from the second optimizer step on it would enter ratio

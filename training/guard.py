@@ -1,8 +1,8 @@
 """Compare the fast path with the slow one on real prompts, before the first step: nothing wrong trains in silence.
 
-Two prompts of unequal length, the longer with photos where the sheet has any, are answered and scored together, so that
-one is padded, and the longer alone. Behind bfloat16's rounding all but the worst faults would hide, so there everything
-is compared in float32 first, where that fits; then as it trains, where they may differ by what the slow one rounds.
+Two prompts of unequal length, the longer with photos where the sheet has any, are taken together, so that one is
+padded, and the longer alone. Behind bfloat16's rounding all but the worst faults would hide, so there the policy is
+compared in float32 first, where that fits; then everything as it trains, within what the slow path itself rounds.
 """
 
 import copy
@@ -24,7 +24,8 @@ from models.sharding import differentiating, gathered, gathering_in_float32, is_
 from rollout import PromptEncoder, PromptError, RolloutFailure, draw_uniforms
 from sheets.samples import PhotoError, Sample
 
-GROUP = 2  # answers to each prompt
+GROUP, TOKENS = 2, 16  # answers to each prompt, and tokens of an answer at most: more only take longer
+PHOTOS = 2  # of the product at most, for the same reason
 BATCHES = {"two prompts together": [0, 1], "one prompt alone": [1]}
 
 
@@ -48,7 +49,7 @@ class Trial:
 
     prompts: list[Prompt]
     features: list[Tensor | None]  # encoded photos, one a prompt
-    uniforms: Tensor  # (prompts * GROUP, T)
+    uniforms: Tensor  # (prompts * GROUP, TOKENS or fewer)
     completions: Tensor  # (prompts * GROUP, T)
     action_mask: Tensor  # (prompts * GROUP, T)
     temperature: float
@@ -61,13 +62,13 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Scored:
+class Outcome:
     """What a policy makes of answers."""
 
     log_probs: Tensor  # (answers, T)
     gradient: Tensor  # of their sum at some weights, one vector; one 0 without any
 
-    def gap(self, other: "Scored", mask: Tensor) -> Gap:
+    def gap(self, other: "Outcome", mask: Tensor) -> Gap:
         """How far another way of computing lies from this one, over the tokens of mask (answers, T)."""
         apart = (other.log_probs - self.log_probs)[mask].abs()
         gradient = (other.gradient - self.gradient).norm() / self.gradient.norm().clamp(min=1e-30)
@@ -108,12 +109,13 @@ def choose_prompts(encoder: PromptEncoder, products: Sequence[Sample]) -> list[P
     """
     for product in sorted(products, key=lambda sample: not sample.photos):
         try:
-            prompt = encoder.encode(product)
+            prompt = encoder.encode(replace(product, photos=product.photos[:PHOTOS]))
+            text = product.text if prompt.photos else f"{product.text} 1 2 3 4 5"
+            other = encoder.encode(replace(product, text=text, photos=()))
         except (PhotoError, PromptError) as problem:
             logger.warning(f"the fast path can't be checked on this product: {RolloutFailure(product, str(problem))}")
             continue
-        text = product.text if prompt.photos else f"{product.text} 1 2 3 4 5"
-        return sorted([prompt, encoder.encode_parts(text, [])], key=lambda each: len(each.input_ids))
+        return sorted([prompt, other], key=lambda each: len(each.input_ids))
     return []
 
 
@@ -121,15 +123,16 @@ def make_trial(policy: Policy, prompts: list[Prompt], options: TrainOptions) -> 
     """Encode the photos, once for all that follows, and sample the answers."""
     with torch.no_grad():
         features = policy.photo_features(prompts)
-    uniforms = torch.cat([draw_uniforms(f"guard/{place}", GROUP, options.max_length) for place in range(len(prompts))])
+    columns = min(options.max_length, TOKENS)
+    uniforms = torch.cat([draw_uniforms(f"guard/{place}", GROUP, columns) for place in range(len(prompts))])
     with gathered(policy):
         answers = policy.sample(prompts, features, uniforms, options.temperature)
     return Trial(prompts, features, uniforms, answers.completions, answers.action_mask, options.temperature)
 
 
 def compare_rounded(policy: Policy, reference: Policy | None, trial: Trial, theirs: Trial, processes: Processes) -> str:
-    """Compare in float32 where that fits, and as it trains; returns the largest gaps in words."""
-    exact = compare_in_float32(policy, reference, trial, theirs, processes)
+    """Compare the policy in float32 where that fits, and all as it trains; returns the largest gaps in words."""
+    exact = compare_in_float32(policy, trial, processes)
     slow = slow_path(policy, trial)
     if exact is None:
         return compare(policy, reference, trial, theirs, slow, ROUNDED)
@@ -138,15 +141,17 @@ def compare_rounded(policy: Policy, reference: Policy | None, trial: Trial, thei
     return f"{said} in float32; {compare(policy, reference, trial, theirs, slow, limits)} in bfloat16"
 
 
-def compare_in_float32(policy: Policy, reference: Policy | None, trial: Trial, theirs: Trial, processes: Processes
-                       ) -> tuple[str, Scored] | None:
-    """Compare in float32; returns the largest gaps in words and what the slow path gave, None where it does not fit."""
+def compare_in_float32(policy: Policy, trial: Trial, processes: Processes) -> tuple[str, Outcome] | None:
+    """Compare the policy's paths, which are the reference's as well, in float32.
+
+    Returns the largest gaps in words and what the slow path gave, None where there is no room for that.
+    """
     four_bits = getattr(policy.model, "is_loaded_in_4bit", False)
     try:
         if not four_bits and all(processes.gather(has_room(policy))):
-            with in_float32(policy) as wide, in_float32(reference) as wide_reference:
+            with in_float32(policy) as wide:
                 slow = slow_path(wide, trial)
-                return compare(wide, wide_reference, trial, theirs, slow, EXACT), joined(slow)
+                return compare(wide, None, trial, trial, slow, EXACT), joined(slow)
     except torch.OutOfMemoryError:
         pass
     finally:
@@ -168,11 +173,8 @@ def has_room(policy: Policy) -> bool:
 
 
 @contextmanager
-def in_float32(policy: Policy | None) -> Iterator[Policy | None]:
+def in_float32(policy: Policy) -> Iterator[Policy]:
     """The same policy computing in float32: what its language model holds in bfloat16 is widened for the time."""
-    if policy is None:
-        yield None
-        return
     wide = copy.copy(policy)
     wide.dtype = torch.float32
     held = {parameter for part in (policy.family.language_model(policy.model), policy.family.head(policy.model))
@@ -187,7 +189,7 @@ def in_float32(policy: Policy | None) -> Iterator[Policy | None]:
             parameter.data = parameter.data.bfloat16()  # to the bit what it was
 
 
-def compare(policy: Policy, reference: Policy | None, trial: Trial, theirs: Trial, slow: Sequence[Scored], limits: Gap
+def compare(policy: Policy, reference: Policy | None, trial: Trial, theirs: Trial, slow: Sequence[Outcome], limits: Gap
             ) -> str:
     """Hold the fast path, in every batch, against the slow one; returns the largest gaps in words.
 
@@ -207,19 +209,20 @@ def compare(policy: Policy, reference: Policy | None, trial: Trial, theirs: Tria
 
     for batch, places in BATCHES.items():
         part = trial.part(places)
-        fast = score(policy, part, choose_probes(policy))
+        fast = outcome_of(policy, part, choose_probes(policy))
         judge("updated", batch, joined(slow, places).gap(fast, part.action_mask))
         with gathered(policy):
             answers = policy.sample(part.prompts, part.features, part.uniforms, part.temperature)
-            if not torch.equal(answers.completions, part.completions):  # others than those just scored
+            if not torch.equal(answers.completions, part.completions):  # others than those above
                 part = replace(part, completions=answers.completions, action_mask=answers.action_mask)
-                fast = score(policy, part, [])
+                fast = outcome_of(policy, part, [])
         judge("sampled", batch, fast.gap(replace(fast, log_probs=answers.old_log_probs), part.action_mask))
     if reference is not None:
         slow_reference = slow_path(reference, theirs, trains=False)
         for batch, places in BATCHES.items():
             part = theirs.part(places)
-            judge("reference", batch, joined(slow_reference, places).gap(score(reference, part, []), part.action_mask))
+            fast = outcome_of(reference, part, [])
+            judge("reference", batch, joined(slow_reference, places).gap(fast, part.action_mask))
     said = ", ".join(f"{name} {max(gap.most for gap in found):.1e}" for name, found in gaps.items())
     return f"{said}, gradient {max(gap.gradient for gap in gaps['updated']):.1e}"
 
@@ -231,13 +234,13 @@ def choose_probes(policy: Policy) -> list[nn.Parameter]:
             if parameter.requires_grad and parameter.numel() <= 2 ** 20]
 
 
-def slow_path(policy: Policy, trial: Trial, trains: bool = True) -> list[Scored]:
-    """Score one answer at a time; returns one Scored a prompt. trains False leaves the gradient out."""
+def slow_path(policy: Policy, trial: Trial, trains: bool = True) -> list[Outcome]:
+    """Take one answer at a time; returns one Outcome a prompt. trains False leaves the gradient out."""
     probes = choose_probes(policy) if trains else []
-    return [score(policy, trial.part([place]), probes, exact_path=True) for place in range(len(trial.prompts))]
+    return [outcome_of(policy, trial.part([place]), probes, exact_path=True) for place in range(len(trial.prompts))]
 
 
-def score(policy: Policy, trial: Trial, probes: Sequence[nn.Parameter], exact_path: bool = False) -> Scored:
+def outcome_of(policy: Policy, trial: Trial, probes: Sequence[nn.Parameter], exact_path: bool = False) -> Outcome:
     """Log-probs of a trial's answers, all in one pass or one at a time, and the gradient of their sum at the probes."""
     parts = [slice(row, row + 1) for row in range(len(trial.completions))] if exact_path else [slice(None)]
     log_probs, gradient = [], torch.zeros((), device=policy.device)
@@ -248,10 +251,11 @@ def score(policy: Policy, trial: Trial, probes: Sequence[nn.Parameter], exact_pa
             if probes:
                 gradient = gradient + torch.cat([each.float().flatten() for each in gradients(found.sum())])
         log_probs.append(found.detach())
-    return Scored(torch.cat(log_probs), gradient)
+    return Outcome(torch.cat(log_probs), gradient)
 
 
-def joined(scored: Sequence[Scored], places: Sequence[int] = (0, 1)) -> Scored:
+def joined(outcomes: Sequence[Outcome], places: Sequence[int] = (0, 1)) -> Outcome:
     """What some prompts' answers give together."""
-    return Scored(torch.cat([scored[place].log_probs for place in places]),
-                  sum((scored[place].gradient for place in places), torch.zeros((), device=scored[0].gradient.device)))
+    chosen = [outcomes[place] for place in places]
+    return Outcome(torch.cat([each.log_probs for each in chosen]),
+                   torch.stack([each.gradient for each in chosen]).sum(0))

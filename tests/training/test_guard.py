@@ -18,7 +18,7 @@ from models.trainable import set_trainable
 from rollout import PromptEncoder
 from runs import train_options
 from sheets.samples import PhotoError, Sample
-from tiny import noise_photo
+from tiny import adapted, noise_photo
 from training import guard
 from training.setup import hold_in
 
@@ -183,13 +183,21 @@ def test_a_broken_fast_path_is_caught(policy, product, dtype, slow_path_once):
                 pytest.fail(f"{name}, padded {padded}: not caught")
 
 
-def test_widened_weights_are_put_back_to_the_bit(dense_policy, product):
-    pair = pair_of(dense_policy, torch.bfloat16)
-    before = [parameter.detach().clone() for each in pair for parameter in each.model.parameters()]
+def test_a_bfloat16_base_is_widened_and_put_back_to_the_bit(dense_policy, product, slow_path_once):
+    """Under an adapter what trains in float32 is little: widened, a small fault is seen; afterwards nothing changed."""
+    policy = adapted(Policy(dense_policy.model.bfloat16(), dense_policy.tokenizer, dense_policy.image_processor,
+                            torch.bfloat16))
+    set_trainable(policy, train_vision=False)
+    before = [parameter.detach().clone() for parameter in policy.model.parameters()]
+    pair = policy, policy.without_adapter()
     guarded(pair, [product])
-    after = [parameter for each in pair for parameter in each.model.parameters()]
-    assert torch.bfloat16 in {parameter.dtype for parameter in after}
-    assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    for name in ("update: positions late by one", "decoding: positions late by one"):
+        said, plant = FAULTS[name]
+        with planted(plant, True), pytest.raises(ModelError, match=said):
+            guarded(pair, [product])
+    assert {parameter.dtype for parameter in before} == {torch.float32, torch.bfloat16}
+    assert all(one.dtype == other.dtype and torch.equal(one, other)
+               for one, other in zip(before, policy.model.parameters(), strict=True))
 
 
 def test_without_memory_for_float32_gross_faults_are_caught_and_it_is_said(dense_policy, product, said, monkeypatch):
