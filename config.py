@@ -46,8 +46,8 @@ class ModelOptions:
     quantize: Literal["none", "4bit"] = option(
         "none", "4bit: keep the frozen model under the adapters in 4 bits; needs lora_rank and bitsandbytes")
     max_slice_nums: int | None = option(
-        None, "slices a photo may be cut into; default: the model's own; for models that cut photos, as MiniCPM does "
-              "and Qwen does not", within="(0, inf)")
+        None, "slices a photo may be cut into; default: the model's own; for models that cut photos, as MiniCPM "
+              "and SmolVLM do and Qwen does not", within="(0, inf)")
     max_pixels: int | None = option(
         None, "pixels of a photo at most, larger ones are scaled down; default: the model's own", within="(0, inf)")
     exact_path: bool = option(

@@ -85,9 +85,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.family = family_of(model.config.model_type)
-        if max_slice_nums is not None and not self.family.cuts_slices:
-            raise ModelError(f"--max_slice_nums {max_slice_nums}: {model.config.model_type} does not cut photos into "
-                             "slices; bound them with --max_pixels instead")
+        self.family.check_bounds(model, image_processor, max_slice_nums, max_pixels)
         self.dtype = dtype
         self.max_slice_nums = max_slice_nums
         self.max_pixels = max_pixels

@@ -50,9 +50,9 @@ def remote_policy(standin):
     return Policy(*load_minicpm(str(standin), trust_remote_code=True))
 
 
-@pytest.fixture(params=["dense", "hybrid", "v47", "remote", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(params=["dense", "hybrid", "v47", "remote", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"])
 def policy(request, tokenizer, image_processor):
-    """A tiny policy of each kind: MiniCPM-V-4.6 with both kinds of text model, 4.7, remote code, the Qwen families."""
+    """A tiny policy of each kind: MiniCPM-V-4.6 with both kinds of text model, 4.7, remote code, Qwen, SmolVLM."""
     if request.param == "remote":
         return request.getfixturevalue("remote_policy")
     return Policy(*parts_of(request.param, tokenizer, image_processor))
