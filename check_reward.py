@@ -79,6 +79,7 @@ def examine(options: CheckRewardOptions) -> str:
     import torch
 
     from config import TrainOptions
+    from evidence.evaluation import in_chunks
     from sheets.samples import load_samples, require_usable, summarise_problems
     from training.trained import asked_otherwise, open_trained, options_of, scorer_of
 
@@ -96,11 +97,13 @@ def examine(options: CheckRewardOptions) -> str:
     logger.info(scorer.check(samples[0]))
     model = open_trained(trained, options.model_path, None, options.device, options.trust_remote_code, scorer,
                          options.eval_batch_size)
-    encoder, samples = model.encoder(), samples[:options.max_products]
-    (groups, failures), (greedy, _) = (model.answer(encoder, samples, options.group_size, options.seed, greedy=greedily)
-                                       for greedily in (False, True))
-    for failure in failures:
-        logger.warning(f"not answered: {failure}")
+    encoder, groups, greedy = model.encoder(), [], []
+    for chunk in in_chunks(encoder, samples[:options.max_products], options.eval_batch_size, "answering"):
+        for records, greedily in ((groups, False), (greedy, True)):
+            found, failures = model.answer(encoder, chunk, options.group_size, options.seed, greedily)
+            records += found
+            for failure in [] if greedily else failures:
+                logger.warning(f"not answered: {failure}")
     if not groups or not greedy:
         raise DataError("no product could be answered; see the warnings above")
     return "\n".join([f"{len(groups)} products x {options.group_size} answers at temperature {trained.temperature}",

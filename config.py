@@ -73,8 +73,8 @@ class SheetOptions:
 
     column: list[str] = option(
         [], "FIELD=NAME, what a column of your sheet is: text, label (or length, width, height and unit), sku_id, "
-            "category or photo; repeat for each; default: columns of these names, photos in sku_img, spu_img_1, ... or, "
-            "without these, in columns whose cells look like photo addresses")
+            "category or photo; repeat for each; default: columns of these names, photos in sku_img, spu_img_1, ..., "
+            "or without these in columns whose cells look like photo addresses")
     sheet_name: str | None = option(None, "worksheet of a workbook; default: the first that is not hidden")
     encoding: str | None = option(
         None, "encoding of a .csv, .tsv, .json or .jsonl; default: UTF-8, or a guess that is logged")
@@ -173,15 +173,20 @@ class OptimizerOptions:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", within="(0, inf)")
     epochs: int = option(1, "passes over a step's buffer", within="(0, inf)")
     minibatch_size: int | None = option(
-        None, "products an optimizer step; default: the whole buffer", within="(0, inf)")
+        None, "products an optimizer step on each process, at most: a step's products are cut into even parts; "
+              "default: all of them", within="(0, inf)")
     micro_batch_size: int = option(
         1, "products a forward and backward pass; changes memory and speed, not the result; 0 starts with what fits "
            "the GPU (on a CPU, with all) and halves when memory runs out", within="[0, inf)")
     max_bad_steps: int = option(
-        5, "stop after so many steps in a row with a non-finite loss or gradient", within="(0, inf)")
-    max_kl: float = option(10.0, "warn of every step whose mean KL from the reference is above", within="(0, inf)")
+        5, "stop after so many steps in a row without an optimizer step: no answers, none that counts, or no finite "
+           "loss and gradient", within="(0, inf)")
+    max_kl: float = option(
+        1.0, "warn when the mean KL from the reference, in nats a token, has risen by more since the first step; again "
+             "when it has doubled", within="(0, inf)")
     min_entropy: float = option(
-        0.0, "warn of every step whose mean entropy, in nats a token, is below", within="[0, inf)")
+        0.1, "warn when the mean entropy has fallen below this share of the first step's; again when it has halved",
+        within="[0, 1)")
 
 
 @dataclass

@@ -4,6 +4,7 @@ An Experience holds one group or several joined ones. Prompts and photo features
 else has a row per answer, G rows a product in order.
 """
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ class Experience:
 
     completions: Tensor  # (N, T) ids
     action_mask: Tensor  # (N, T) bool: completion tokens, the stop token included
-    old_log_probs: Tensor  # (N, T) of the tokens taken, while sampling
+    old_log_probs: Tensor  # (N, T) of the tokens taken, while sampling, or as update.rescore takes them
     ref_log_probs: Tensor | None  # (N, T) under the reference policy
     rewards: Tensor  # (N,)
     advantages: Tensor  # (N,)
@@ -60,14 +61,21 @@ class ReplayBuffer:
         """Add a group."""
         self.items.append(experience)
 
-    def minibatches(self, epochs: int, minibatch_size: int | None, seed: int | str) -> Iterator[list[Experience]]:
-        """Yield lists of at most minibatch_size groups, every group once an epoch, freshly shuffled each epoch."""
-        size = minibatch_size or max(len(self.items), 1)
+    def parts(self, minibatch_size: int | None) -> int:
+        """Count the minibatches of at most minibatch_size groups that an epoch takes; None: one."""
+        return math.ceil(len(self.items) / (minibatch_size or max(len(self.items), 1)))
+
+    def minibatches(self, epochs: int, parts: int, seed: int | str) -> Iterator[list[Experience]]:
+        """Yield so many lists of groups an epoch, as even as can be: every group once, freshly shuffled each epoch.
+
+        A last one of few groups would move the weights as far as the others do, and by worse advice.
+        """
         for epoch in range(epochs):
             order = list(range(len(self.items)))
             random.Random(f"{seed}/{epoch}").shuffle(order)
-            for start in range(0, len(order), size):
-                yield [self.items[index] for index in order[start:start + size]]
+            for part in range(parts):
+                share = order[part * len(order) // parts:(part + 1) * len(order) // parts]
+                yield [self.items[index] for index in share]
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain tensors, lists and dictionaries that torch.save writes and weights_only reads."""

@@ -60,7 +60,8 @@ class PromptTooLong(ValueError):
 class PromptEncoder:
     """Turn samples into prompts, keeping recent ones: least recently used go first beyond cache_mb.
 
-    prefetch() prepares those to come on a thread of its own, while the model computes.
+    One thread prepares all of them: the code of an image processor may bear no second one. prefetch() prepares those to
+    come while the model computes; they count towards cache_mb, too. Ask from one thread only.
     """
 
     def __init__(self, policy: Policy, language: str = "zh", template: str | None = None, cache_mb: int = 512,
@@ -72,34 +73,62 @@ class PromptEncoder:
         self.max_prompt_length = max_prompt_length
         self.open_photos = open_photos
         self._limit = cache_mb * 2 ** 20
-        self._held: OrderedDict[tuple[str, int], Prompt] = OrderedDict()
-        self._bytes = 0
-        self._coming: dict[tuple[str, int], Future[Prompt]] = {}
-        self._worker = ThreadPoolExecutor(1, "prompts")  # one: image processors that come with a model may not share
+        self._held: OrderedDict[Sample, Prompt] = OrderedDict()
+        self._bytes = 0  # of what is held
+        self._wanted: dict[Sample, None] = {}  # to be prepared ahead, in this order, when there is room
+        self._coming: dict[Sample, Future[Prompt]] = {}
+        self._largest = 0  # bytes of a prompt so far
+        self._worker = ThreadPoolExecutor(1, "prompts")
 
     def prefetch(self, samples: Sequence[Sample]) -> None:
         """Begin to prepare the prompts of samples that encode() will be asked for; what fails is raised there."""
         for sample in samples:
-            key = (sample.sheet, sample.row)
-            if key not in self._held and key not in self._coming:
-                self._coming[key] = self._worker.submit(self._encode_within_limit, sample)
+            if sample in self._held:
+                self._held.move_to_end(sample)
+            elif sample not in self._coming:
+                self._wanted[sample] = None
+        self._prepare_wanted()
 
     def encode(self, sample: Sample) -> Prompt:
         """Prepare one product's prompt.
 
         Raises PhotoError naming the row when a photo can't be read, PromptTooLong when dropping photos does not help.
         """
-        key = (sample.sheet, sample.row)
-        if key in self._held:
-            self._held.move_to_end(key)
-            return self._held[key]
-        coming = self._coming.pop(key, None)
-        prompt = coming.result() if coming else self._encode_within_limit(sample)
-        self._held[key] = prompt
+        if sample in self._held:
+            self._held.move_to_end(sample)
+            return self._held[sample]
+        self._wanted.pop(sample, None)
+        coming = self._coming.pop(sample, None) or self._worker.submit(self._encode_within_limit, sample)
+        prompt = coming.result()
+        self._largest = max(self._largest, prompt.num_bytes)
+        self._held[sample] = prompt
         self._bytes += prompt.num_bytes
-        while self._bytes > self._limit:
-            self._bytes -= self._held.popitem(last=False)[1].num_bytes
+        self._prepare_wanted()
         return prompt
+
+    def forget(self, samples: Sequence[Sample]) -> None:
+        """Keep the prompts of these samples no longer."""
+        for sample in samples:
+            prompt = self._held.pop(sample, None)
+            self._bytes -= prompt.num_bytes if prompt else 0
+
+    def _prepare_wanted(self) -> None:
+        """Begin to prepare what is wanted and has room; what is held makes way for it."""
+        while self._wanted and self._has_room():
+            sample = next(iter(self._wanted))
+            del self._wanted[sample]
+            self._coming[sample] = self._worker.submit(self._encode_within_limit, sample)
+        while self._held and self._bytes + self._bytes_coming() > self._limit:
+            self.forget([next(iter(self._held))])
+
+    def _has_room(self) -> bool:
+        if not self._largest:  # the first says how large they are
+            return self._limit > 0 and not self._coming
+        return self._bytes_coming() + self._largest <= self._limit
+
+    def _bytes_coming(self) -> int:
+        """Bytes of the prompts prepared ahead; one that is not done yet counts as the largest so far."""
+        return sum(_bytes_of(coming) if coming.done() else self._largest for coming in self._coming.values())
 
     def _encode_within_limit(self, sample: Sample) -> Prompt:
         """Drop whole photos from the end until the prompt fits: a cut through a photo's tokens would break it."""
@@ -120,6 +149,10 @@ class PromptEncoder:
     def encode_parts(self, text: str, photos: Sequence[Any]) -> Prompt:
         """Prepare a prompt from a text and opened photos."""
         return self.policy.encode_prompt(build_prompt(text, photos, self.language, self.template), photos)
+
+
+def _bytes_of(prepared: Future[Prompt]) -> int:
+    return 0 if prepared.exception() else prepared.result().num_bytes
 
 
 def rollout(model: Any, tokenizer: Any, image_processor: Any, text: str, images: Sequence[Any], ground_truth: Any,

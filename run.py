@@ -3,7 +3,8 @@
     python run.py --checkpoint_path outputs/demo/step_000420 [--ablate] [--also outputs/demo/step_000210]
 
 Prompt, photo budget, parser, reward and sampling are those the checkpoint was trained with. Writes compare.html (the
-page to show), compare.xlsx and compare.json beside the checkpoint and prints the table.
+page to show), compare.xlsx and compare.json beside the checkpoint and prints the table. A comparison that is killed
+goes on where it stopped when it is started again.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
@@ -12,10 +13,13 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 
     start(CompareOptions, "Compare a model before and after training on the same products.")
 
+import hashlib
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from loguru import logger
@@ -23,7 +27,8 @@ from loguru import logger
 from config import CompareOptions, TrainOptions
 from evidence.charts import curve_svg
 from evidence.comparison import Answers, build_report
-from evidence.evaluation import Record, ablations
+from evidence.evaluation import Record, ablations, in_chunks, with_other_photos
+from evidence.journal import Journal, weights_of
 from evidence.page import write_page
 from evidence.report import change_lines, confidence_line, summary_table, tables, write_sheet
 from ground.errors import OptionError
@@ -47,40 +52,63 @@ def main(options: CompareOptions) -> None:
     trained = training_options(options)
     names_of(options.also)  # refuses what is given twice before any model answers
     samples = choose_samples(options, trained)
+    if options.ablate and not with_other_photos(samples):
+        raise DataError("--ablate: none of these products can be shown another one's photos, having none, or all the "
+                        "same; leave it out")
     scorer = scorer_of(trained, options.reward, options.trust_remote_code)
     logger.info(scorer.check(samples[0]))
-    answers = [*answers_of_run(options, trained, samples, scorer), *answers_of_also(options, trained, samples, scorer)]
-    report = build_report(answers, settings(options, trained), options.accept_error)
-    curve = read_curve(Path(trained.log_dir))
     folder = Path(options.output_dir) if options.output_dir else Path(options.checkpoint_path).parent / "compare"
     folder.mkdir(parents=True, exist_ok=True)
+    journal = Journal(folder / "compare.journal", made_with(options, trained, samples))
+    if journal.done:
+        logger.info(f"going on from {journal.path}: {len(journal.done)} products are answered, all models together")
+    answers = [*answers_of_run(options, trained, samples, scorer, journal),
+               *answers_of_also(options, trained, samples, scorer, journal)]
+    report = build_report(answers, settings(options, trained), options.accept_error)
+    curve = read_curve(Path(trained.log_dir))
     write_json(folder / "compare.json", report | {"curve": curve})
     write_sheet(folder / "compare.xlsx", tables(report))
     write_page(folder / "compare.html", report, curve)
     if curve:
         write_text(folder / "curve.svg", curve_svg(curve, "mean reward over training steps"))
+    journal.finish()
     print(f"\n{report['settings']['how']}\n{summary_table(report['summary'])}\n\n{change_lines(report)}\n"
           f"{confidence_line(report)}\nreport: {folder / 'compare.html'}, compare.xlsx, compare.json\n"
           f"curves: tensorboard --logdir {trained.log_dir}")
 
 
-def answers_of_run(options: CompareOptions, trained: TrainOptions, samples: Sequence[Sample], scorer: Scorer
-                   ) -> Iterator[Answers]:
+def made_with(options: CompareOptions, trained: TrainOptions, samples: Sequence[Sample]) -> dict[str, Any]:
+    """What the answers depend on: a journal made with anything else is not gone on from."""
+    paths = [options.model_path or trained.model_path, options.checkpoint_path, *options.also]
+    return {"products": hashlib.sha256(repr(samples).encode()).hexdigest(), "greedy": options.greedy,
+            "num_samples": options.num_samples, "seed": options.seed, "models": [[path, weights_of(path)]
+                                                                                 for path in paths],
+            "trained": asdict(trained), "prompt": read_template(trained.prompt_file)}
+
+
+def answers_of_run(options: CompareOptions, trained: TrainOptions, samples: Sequence[Sample], scorer: Scorer,
+                   journal: Journal) -> Iterator[Answers]:
     """Answer with the model before, the one after and, with --ablate, the one after without the right photos."""
     before_path = options.model_path or trained.model_path
     model = open_trained(trained, before_path, None, options.device, options.trust_remote_code, scorer,
                          options.eval_batch_size)
-    yield Answers("before", "before", before_path, *answer(model, model.encoder(), samples, options))
+    yield Answers("before", "before", before_path, *answer("before", model, model.encoder(), samples, options, journal))
     model.policy.load_weights(options.checkpoint_path)
-    yield Answers("after", "after", options.checkpoint_path, *answer(model, model.encoder(), samples, options))
+    yield Answers("after", "after", options.checkpoint_path,
+                  *answer("after", model, model.encoder(), samples, options, journal))
     if options.ablate:
         for name, (encoder, others) in ablations(samples, model.encoder).items():
-            sampled, greedy = answer(model, encoder, others, options, both=False)
-            yield Answers(name, "ablation", options.checkpoint_path, sampled, greedy)
+            left_out = len(samples) - len(others)
+            notes = (f"{left_out} of {len(samples)} products left out: they have no photos, or no other product has "
+                     "other ones",) if left_out else ()
+            for note in notes:
+                logger.warning(f"{name}: {note}")
+            sampled, greedy = answer(name, model, encoder, others, options, journal, both=False)
+            yield Answers(name, "ablation", options.checkpoint_path, sampled, greedy, notes)
 
 
-def answers_of_also(options: CompareOptions, trained: TrainOptions, samples: Sequence[Sample], scorer: Scorer
-                    ) -> Iterator[Answers]:
+def answers_of_also(options: CompareOptions, trained: TrainOptions, samples: Sequence[Sample], scorer: Scorer,
+                    journal: Journal) -> Iterator[Answers]:
     """Answer with the models of --also, each with its own options where it has any."""
     for path, name in zip(options.also, names_of(options.also), strict=True):
         own = options_of(path)
@@ -90,7 +118,7 @@ def answers_of_also(options: CompareOptions, trained: TrainOptions, samples: Seq
                              options.eval_batch_size)
         for note in notes:
             logger.warning(f"{path}: {note}")
-        sampled, greedy = answer(model, model.encoder(), samples, options)
+        sampled, greedy = answer(name, model, model.encoder(), samples, options, journal)
         del model  # one model in memory at a time
         yield Answers(name, "also", path, sampled, greedy, notes)
 
@@ -119,22 +147,34 @@ def differences(own: TrainOptions, trained: TrainOptions) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def answer(model: TrainedModel, encoder: PromptEncoder, samples: Sequence[Sample], options: CompareOptions,
-           both: bool = True) -> tuple[list[Record], list[Record]]:
-    """Answer all products, sampled and greedily; products that can't be answered are logged.
+def answer(name: str, model: TrainedModel, encoder: PromptEncoder, samples: Sequence[Sample], options: CompareOptions,
+           journal: Journal, both: bool = True) -> tuple[list[Record], list[Record]]:
+    """Answer all products, sampled and greedily, but those that the journal has under this name.
 
-    both: greedily too where answers are sampled.
+    Products that can't be answered are logged. both: greedily too where answers are sampled.
     """
-    results: list[list[Record]] = []
-    for greedy, wanted in ((False, not options.greedy), (True, options.greedy or both)):
-        records, failures = (model.answer(encoder, samples, options.num_samples, options.seed, greedy) if wanted
-                             else ([], []))
-        for failure in failures:
-            logger.warning(f"not answered: {failure}")
-        if wanted and not records:
-            raise DataError("no product could be answered; see the warnings above")
-        results.append(records)
-    return results[0], results[1]
+    wanted = {"sampled": not options.greedy, "greedy": options.greedy or both}
+    kinds = [kind for kind, asked_for in wanted.items() if asked_for]
+    records: dict[str, list[Record]] = {"sampled": [], "greedy": []}
+    rest = []
+    for sample in samples:
+        line = journal.done.get(f"{name} row {sample.row}", {})
+        for kind, answers in line.items():
+            records[kind].append(Record(sample, answers, [model.scorer(each, sample) for each in answers]))
+        rest += [] if line else [sample]
+    for chunk in in_chunks(encoder, rest, options.eval_batch_size, name, len(samples) - len(rest)):
+        lines: dict[str, dict[str, list[str]]] = defaultdict(dict)
+        for kind in kinds:
+            found, failures = model.answer(encoder, chunk, options.num_samples, options.seed, kind == "greedy")
+            records[kind] += found
+            for failure in failures:
+                logger.warning(f"not answered: {failure}")
+            for record in found:
+                lines[f"{name} row {record.sample.row}"][kind] = record.answers
+        journal.add((key, line) for key, line in lines.items() if len(line) == len(kinds))
+    if not all(records[kind] for kind in kinds):
+        raise DataError("no product could be answered; see the warnings above")
+    return records["sampled"], records["greedy"]
 
 
 def settings(options: CompareOptions, trained: TrainOptions) -> dict:

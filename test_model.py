@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from loguru import logger
-from tqdm import tqdm
 
 from config import AnswerOptions, SheetOptions, TrainOptions
-from evidence.journal import Journal
+from evidence.evaluation import in_chunks
+from evidence.journal import Journal, weights_of
 from evidence.report import answer_line, sizes_text, write_sheet
 from ground.files import whole_file
 from ground.options import sheet_options
@@ -149,16 +149,13 @@ def answer_rest(model: TrainedModel, samples: Sequence[Sample], journal: Journal
     """Answer the products that the journal lacks, noting each few of them as they are done."""
     encoder = model.encoder()
     rest = [sample for sample in samples if sample.row not in journal.done]
-    with tqdm(total=len(samples), initial=len(samples) - len(rest), unit="product", disable=None) as bar:
-        for start in range(0, len(rest), options.eval_batch_size):
-            chunk = rest[start:start + options.eval_batch_size]
-            records, failures = model.answer(encoder, chunk, options.num_samples, options.seed,
-                                             greedy=options.num_samples == 1)
-            for failure in failures:
-                logger.warning(f"not answered: {failure}")
-            journal.add([(record.sample.row, answer_line(record, options.accept_at)) for record in records]
-                        + [(failure.sample.row, no_answer(failure.reason)) for failure in failures])
-            bar.update(len(chunk))
+    for chunk in in_chunks(encoder, rest, options.eval_batch_size, "answering", len(samples) - len(rest)):
+        records, failures = model.answer(encoder, chunk, options.num_samples, options.seed,
+                                         greedy=options.num_samples == 1)
+        for failure in failures:
+            logger.warning(f"not answered: {failure}")
+        journal.add([(record.sample.row, answer_line(record, options.accept_at)) for record in records]
+                    + [(failure.sample.row, no_answer(failure.reason)) for failure in failures])
 
 
 def no_answer(problem: str) -> dict[str, Any]:
@@ -189,11 +186,9 @@ def rows_with_answers(data_path: Path, sheet: SheetOptions, done: Mapping[int, d
 def made_with(options: AnswerOptions, trained: TrainOptions) -> dict[str, Any]:
     """What the answers of a sheet depend on: a journal made with anything else is not gone on from."""
     free = {"eval_batch_size", "num_threads", "device", "image_cache_dir", "output_path"}
-    weights = Path(options.checkpoint_path or options.model_path)
-    files = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights] if weights.is_file() else []
     return {"options": {name: value for name, value in asdict(options).items() if name not in free},
             "trained": asdict(trained), "sheet": hashlib.sha256(Path(str(options.data_path)).read_bytes()).hexdigest(),
-            "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]}
+            "weights": weights_of(options.checkpoint_path or options.model_path)}
 
 
 def main(options: AnswerOptions) -> None:

@@ -19,10 +19,10 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 from config import TrainOptions
-from evidence.evaluation import evaluate, summarise
+from evidence.evaluation import Record, evaluate, summarise
 from ground.errors import OptionError
 from ground.options import write_options
 from loss import group_advantages
@@ -41,16 +41,16 @@ from models.sharding import gathered, load_optimizer_state, shard_all, whole_opt
 from models.trainable import parameter_table, set_trainable
 from own_reward import Scorer
 from prompts import read_template
-from replay_buffer import Experience, ReplayBuffer, join_experiences
+from replay_buffer import Experience, ReplayBuffer
 from rollout import Group, PromptEncoder, rollout_groups
 from sheets.samples import DataError, Sample, products_of_step
-from training.checkpoint import find_resume, keep_best, read_best, read_state, save_checkpoint
-from training.curves import Curves, describe, log_groups, log_held_out, log_step, warn_beyond_bounds
+from training.checkpoint import find_resume, is_better, keep_best, read_best, read_state, save_checkpoint
+from training.curves import Bounds, Curves, describe, log_groups, log_held_out, log_step
 from training.guard import check_on_a_product
 from training.preflight import preflight
 from training.provenance import write_start, write_summary
 from training.setup import fetch_photos, load_models, load_products, set_up_log
-from update import Learner, learning_rate, make_idle, make_learner, micro_batches, set_learning_rate, update
+from update import Learner, learning_rate, log_probs_under, make_idle, make_learner, set_learning_rate, update
 
 
 class BadRun(RuntimeError):
@@ -74,7 +74,8 @@ class Run:
     products: list[Sample]
     held_out: list[Sample]
     start: int = 0  # steps done before this process
-    bad_steps: int = 0  # in a row
+    first: dict[str, float] = field(default_factory=dict)  # KL and entropy of the run's first step
+    bad_steps: list[str] = field(default_factory=list)  # the last ones, in a row: why each moved no weight
     last_saved: Path | None = None
 
     @property
@@ -94,13 +95,14 @@ def train(options: TrainOptions) -> Path | None:
     per_step = options.batch_size * run.processes.world
     bar = tqdm(total=options.max_steps * per_step, initial=run.start * per_step, unit="product",
                disable=None if run.processes.main else True, dynamic_ncols=True)
+    bounds = Bounds(options, run.first)
     with interruptible() as interruption:
         for step in range(run.start, options.max_steps):
             seconds: dict[str, float] = defaultdict(float)
             rate = learning_rate(step, options)
             products = products_at(step, run, options)
-            if step + 1 < options.max_steps:
-                run.encoder.prefetch(products_at(step + 1, run, options))
+            coming = products_at(step + 1, run, options) if step + 1 < options.max_steps else []
+            run.encoder.prefetch([*products, *coming])
             with timed(seconds, "rollout"), gathered(run.policy):
                 groups, failures = rollout_groups(run.encoder, products, options.group_size, options.temperature,
                                                   options.max_length, f"{options.seed}/{step}",
@@ -112,11 +114,11 @@ def train(options: TrainOptions) -> Path | None:
                 set_learning_rate(run.learner.optimizer, rate)
                 metrics = update(run.learner, buffer, options, step)
             metrics |= describe(groups, failures, run.processes) | {"lr": rate}
-            run.bad_steps = run.bad_steps + 1 if metrics["skipped_minibatches"] or "returns" not in metrics else 0
+            count_bad_step(run, metrics, step + 1)
             if run.writer:
                 log_step(run.writer, step + 1, options.max_steps, metrics, seconds)
                 log_groups(run.writer, groups, buffer.items, options, step + 1)
-                warn_beyond_bounds(metrics, options, step + 1)
+                bounds.look(metrics, step + 1)
             bar.update(per_step)
             if finish_step(run, options, step + 1, interruption):
                 break
@@ -131,7 +133,8 @@ def close(run: Run, options: TrainOptions) -> None:
     run.writer.close()
     best = read_best(options.output_dir)
     best_said = f", the best held-out reward at step {best['step']}" if best else ""
-    write_summary(options.output_dir, last_checkpoint=str(run.last_saved), best=best, done=True)
+    best_facts = best and {name: best[name] for name in ("step", "mean_reward")}
+    write_summary(options.output_dir, last_checkpoint=str(run.last_saved), best=best_facts, done=True)
     logger.info(f"done: {run.last_saved}{best_said}; curves: tensorboard --logdir {options.log_dir}")
 
 
@@ -142,19 +145,33 @@ def products_at(step: int, run: Run, options: TrainOptions) -> list[Sample]:
                              run.processes.world)]
 
 
+def count_bad_step(run: Run, metrics: dict[str, float], step: int) -> None:
+    """Note why a step moved no weight; one that moved them ends the row of bad ones."""
+    if metrics["optimizer_steps"]:
+        run.bad_steps = []
+        return
+    why = ("no answer could be sampled" if "returns" not in metrics else
+           "loss or gradient not finite" if metrics["skipped_minibatches"] else
+           "every answer left out by --mask_truncated")
+    run.bad_steps = [*run.bad_steps, why]
+    if run.processes.main:
+        logger.warning(f"step {step}: no optimizer step: {why}")
+
+
 def finish_step(run: Run, options: TrainOptions, step: int, interruption: Interruption) -> bool:
     """After `step` steps: evaluate and save when it is time; returns whether the run should end early.
 
     Stops a run that was told to or has gone bad.
     """
     last, stop = step == options.max_steps, False
-    if run.bad_steps >= options.max_bad_steps:
-        raise BadRun(f"{run.bad_steps} steps in a row gave nothing to learn from (see the warnings above): stopped at "
-                     f"step {step}; the last checkpoint is {run.last_saved}")
+    if len(run.bad_steps) >= options.max_bad_steps:
+        causes = ", ".join(f"{why} in {count}" for why, count in Counter(run.bad_steps).items())
+        raise BadRun(f"{len(run.bad_steps)} steps in a row made no optimizer step: {causes} (see the warnings above). "
+                     f"Stopped at step {step}; the last checkpoint is {run.last_saved}")
     signalled = run.processes.most(interruption.signal)
     if options.eval_every and run.held_out and (step % options.eval_every == 0 or last) and not signalled:
-        summary = log_evaluation(run, options, step)
-        if summary and keep_if_best(run, options, step, summary["mean_reward"]):
+        records = log_evaluation(run, options, step)
+        if records and keep_if_best(run, options, step, records):
             logger.info(f"stopping at step {step}: no better held-out reward for {options.stop_after} evaluations")
             stop = True
     if step % options.save_every == 0 or last or stop or signalled:
@@ -165,20 +182,24 @@ def finish_step(run: Run, options: TrainOptions, step: int, interruption: Interr
     return stop
 
 
-def keep_if_best(run: Run, options: TrainOptions, step: int, reward: float) -> bool:
+def keep_if_best(run: Run, options: TrainOptions, step: int, records: Sequence[Record]) -> bool:
     """Keep the weights apart if their held-out reward is the best so far; returns whether to stop for lack of one.
 
-    A disk that fails costs a warning: the best before stays.
+    Compared are products that both evaluations answered. A disk that fails costs a warning: the best before stays.
     """
+    if not options.save_best:
+        return False
+    rewards = {f"{record.sample.sheet} row {record.sample.row}": record.reward for record in records}
     best = run.processes.once(lambda: read_best(options.output_dir))
-    better = best is None or reward > best["mean_reward"]
-    weights = whole_weights(run.policy, keep=run.processes.main) if better and run.learner.sharded else None
+    if not is_better(rewards, best):
+        return 0 < options.stop_after * options.eval_every <= step - best["step"]
+    weights = whole_weights(run.policy, keep=run.processes.main) if run.learner.sharded else None
     try:
-        return run.processes.once(lambda: keep_best(run.policy, options, step, reward, weights), OSError)
+        run.processes.once(lambda: keep_best(run.policy, options, step, rewards, weights), OSError)
     except OSError as problem:
         if run.processes.main:
             logger.warning(f"the best weights so far, of step {step}, could not be kept: {problem}")
-        return False
+    return False
 
 
 def save(run: Run, options: TrainOptions, step: int) -> None:
@@ -188,7 +209,8 @@ def save(run: Run, options: TrainOptions, step: int) -> None:
     """
     main, world = run.processes.main, run.processes.world
     weights = whole_weights(run.policy, keep=main) if run.learner.sharded else None
-    state = {"step": step, "bad_steps": run.bad_steps, "products_per_step": options.batch_size * world, "world": world,
+    state = {"step": step, "first": run.first, "why_bad": run.bad_steps, "world": world,
+             "products_per_step": options.batch_size * world,
              "optimizer": whole_optimizer_state(run.learner.optimizer, keep=main)}
     try:
         run.last_saved = run.processes.once(lambda: save_checkpoint(run.policy, options, step, state, weights), OSError)
@@ -242,7 +264,7 @@ def take_up(run: Run, options: TrainOptions, resume_from: Path) -> None:
     """Take up the optimizer and the place of the run that is resumed."""
     state = read_state(resume_from, options, run.processes.world)
     load_optimizer_state(run.learner.optimizer, state["optimizer"])
-    run.start, run.bad_steps = state["step"], state["bad_steps"]
+    run.start, run.first, run.bad_steps = state["step"], state.get("first", {}), state.get("why_bad", [])
     logger.info(f"resuming from {resume_from} at step {run.start} of {options.max_steps}"
                 + (": nothing left to do" if run.start >= options.max_steps else ""))
 
@@ -259,39 +281,34 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
             (f"{group.sample.sheet} row {group.sample.row}",)))
     if run.reference is None:
         return buffer
-    with torch.no_grad(), gathered(run.reference):
-        for items in micro_batches(buffer.items, run.learner.micro_batch_size):
-            batch = join_experiences(items)
-            ref_log_probs, _ = run.reference.log_probs(batch.prompts, batch.completions, batch.action_mask,
-                                                       options.temperature,
-                                                       batch.features if run.shares_vision else None,
-                                                       with_entropy=False)
-            for item, rows in zip(items, ref_log_probs.split([len(item.rewards) for item in items]), strict=True):
-                item.ref_log_probs = rows[:, :item.action_mask.shape[1]]
+    for item, ref_log_probs in log_probs_under(run.reference, buffer.items, run.learner.micro_batch_size,
+                                               options.temperature, run.shares_vision):
+        item.ref_log_probs = ref_log_probs
     return buffer
 
 
-def log_evaluation(run: Run, options: TrainOptions, step: int) -> dict[str, float]:
-    """Answer the held-out products at the training temperature, each process its share; log and return how good the
-    answers are."""
+def log_evaluation(run: Run, options: TrainOptions, step: int) -> list[Record]:
+    """Answer the held-out products at the training temperature, each process its share; log how good the answers are
+    and return those of all."""
     with gathered(run.policy):
         records, failures = evaluate(run.encoder, run.held_out[run.processes.rank::run.processes.world],
                                      options.eval_samples, options.temperature, options.max_length, options.seed,
-                                     options.rollout_batch_size, run.scorer)
+                                     options.rollout_batch_size, run.scorer, show=run.processes.main)
         if run.writer:
             log_held_out(run.writer, run.encoder, run.held_out, options, run.scorer, step)
     for failure in failures:
         logger.warning(f"held-out: {failure}")
-    summary = summarise([record for share in run.processes.gather(records) for record in share])
+    records = [record for share in run.processes.gather(records) for record in share]
     if run.writer is None:
-        return summary
+        return records
+    summary = summarise(records)
     for name, value in summary.items():
         run.writer.add_scalar(f"held_out/{name}", value, step)
     if summary:
         logger.info(f"held-out after step {step}: reward {summary['mean_reward']:.3f} | >=0.9 "
                     f"{summary['success_rate']:.0%} | zero {summary['zero_rate']:.1%} | {summary['products']} products")
     write_summary(options.output_dir, step=step, held_out=summary)
-    return summary
+    return records
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from loss import VLM_GRPOLoss
 from models.family import ModelError, Prompt
 from models.policy import Policy
 from models.processes import Processes
-from models.sharding import whole
+from models.sharding import gathered, whole
 from models.trainable import warn_without_gradient
 from replay_buffer import Experience, ReplayBuffer, join_experiences
 
@@ -57,20 +57,22 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
     """Optimise over the buffer: one optimizer step a minibatch, `epochs` passes; returns averaged metrics.
 
     A minibatch with a non-finite loss or gradient changes nothing: it is skipped in all processes, logged with its
-    rows, kept in output_dir for inspection and counted.
+    rows, kept in output_dir for inspection and counted. optimizer_steps counts those that were made.
     """
     sums: dict[str, float] = defaultdict(float)
     first: dict[str, float] = {}  # before any weight has moved: ratio 1 and no gap, or sampling and update differ
     done = skipped = 0
-    minibatches = list(buffer.minibatches(options.epochs, options.minibatch_size, f"{options.seed}/{step}"))
-    for index in range(learner.processes.most(len(minibatches))):
-        minibatch = minibatches[index] if index < len(minibatches) else []
+    parts = learner.processes.most(buffer.parts(options.minibatch_size))  # fewer here: each is smaller, none is missing
+    minibatches = list(buffer.minibatches(options.epochs, parts, f"{options.seed}/{step}"))
+    if len(minibatches) > 1 and learner.policy.dtype != torch.float32:
+        first = rescore(learner, buffer.items, options)
+    for index, minibatch in enumerate(minibatches):
         learner.optimizer.zero_grad(set_to_none=True)
-        metrics = backward(learner, minibatch, options, on_policy=index == 0)
+        metrics = backward(learner, minibatch, options, on_policy=len(minibatches) == 1)
         if not metrics:
             continue
-        gap = metrics.pop("log_prob_gap")
-        first = first or {"first_ratio": metrics["ratio"], "log_prob_gap": gap}
+        measured = {name: metrics.pop(name) for name in ("first_ratio", "log_prob_gap")}
+        first = first or measured
         if not learner.sharded:  # sharded gradients are averages already
             learner.processes.average_gradients(learner.parameters)
         grad_norm = float(whole(nn.utils.clip_grad_norm_(learner.parameters, options.max_grad_norm)))
@@ -89,7 +91,8 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
         for name, value in (metrics | {"grad_norm": grad_norm}).items():
             sums[name] += value
     learner.optimizer.zero_grad(set_to_none=True)
-    return {name: value / done for name, value in sums.items()} | first | {"skipped_minibatches": skipped}
+    return {name: value / done for name, value in sums.items()} | first | {"optimizer_steps": done,
+                                                                           "skipped_minibatches": skipped}
 
 
 def keep_bad_batch(minibatch: Sequence[Experience], options: TrainOptions, step: int, processes: Processes) -> None:
@@ -108,13 +111,46 @@ def keep_bad_batch(minibatch: Sequence[Experience], options: TrainOptions, step:
         logger.warning(f"{path}: not written: {problem}")
 
 
+def rescore(learner: Learner, items: Sequence[Experience], options: TrainOptions) -> dict[str, float]:
+    """Replace old_log_probs, before any weight has moved, by those that the update's passes compute.
+
+    In bfloat16 those of sampling differ from them by rounding: from the second optimizer step on it would enter ratio
+    and clipping. Returns first_ratio and log_prob_gap of all processes: how far apart they lay.
+    """
+    objective, processes = learner.objective, learner.processes
+    tokens = processes.total(torch.tensor(sum(int(objective.mask(item).sum()) for item in items),
+                                          device=learner.policy.device))
+    ratio, gap = torch.zeros(2, device=learner.policy.device)
+    for item, log_probs in log_probs_under(learner.policy, items, learner.micro_batch_size, options.temperature):
+        ratio += objective.terms(log_probs, item).ratio * (objective.mask(item).sum() / tokens.clamp(min=1))
+        gap = torch.maximum(gap, (log_probs - item.old_log_probs).abs().max())
+        item.old_log_probs = log_probs
+    found = {"first_ratio": float(processes.total(ratio)), "log_prob_gap": processes.most(float(gap))}
+    return found if tokens else {}
+
+
+def log_probs_under(policy: Policy, items: Sequence[Experience], micro_batch_size: int, temperature: float,
+                    features: bool = True) -> list[tuple[Experience, Tensor]]:
+    """Take each experience's log-probs (G, T) under a policy, without gradient; features False encodes photos anew."""
+    found = []
+    with torch.no_grad(), gathered(policy):
+        for together in micro_batches(items, micro_batch_size):
+            batch = join_experiences(together)
+            log_probs, _ = policy.log_probs(batch.prompts, batch.completions, batch.action_mask, temperature,
+                                            batch.features if features else None, with_entropy=False)
+            rows = log_probs.split([len(item.rewards) for item in together])
+            found += [(item, own[:, :item.action_mask.shape[1]]) for item, own in zip(together, rows, strict=True)]
+    return found
+
+
 def backward(learner: Learner, minibatch: Sequence[Experience], options: TrainOptions, on_policy: bool
              ) -> dict[str, float]:
     """Accumulate the minibatch's gradient over micro-batches; returns the metrics of the whole minibatch, over all
     processes; none when no process has a token to learn from.
 
-    on_policy: no weight has moved since sampling. In bfloat16 the log-probs of sampling and of this pass differ by
-    rounding, so the ratio is then taken against those of this pass, and the gap is logged.
+    on_policy: this is the only minibatch since sampling. In bfloat16 the log-probs of sampling and of this pass differ
+    by rounding, so the ratio is then taken against those of this pass. first_ratio and log_prob_gap are against those
+    of the buffer.
     With --micro_batch_size 0 a pass that runs out of memory is done again in halves.
     """
     policy, objective, processes = learner.policy, learner.objective, learner.processes
@@ -162,8 +198,8 @@ def accumulate(learner: Learner, minibatch: Sequence[Experience], options: Train
     size, tokens: what the loss and the metrics are means over, in all processes.
     """
     policy, objective, processes = learner.policy, learner.objective, learner.processes
-    names = ("total_loss", "ratio", "clip_fraction", "entropy", *(["kl_divergence"] if options.kl_weight else []))
-    sums = {name: torch.zeros((), device=policy.device) for name in names}
+    names = ("ratio", "clip_fraction", "entropy", *(["kl_divergence"] if options.kl_weight else []))
+    sums = {name: torch.zeros((), device=policy.device) for name in ("total_loss", "first_ratio", *names)}
     gap = torch.zeros((), device=policy.device)
     batches = list(micro_batches(minibatch, learner.micro_batch_size))
     passes = processes.most(len(batches)) if learner.sharded else len(batches)
@@ -173,14 +209,16 @@ def accumulate(learner: Learner, minibatch: Sequence[Experience], options: Train
             (0.0 * log_probs.sum()).backward()
             continue
         gap = torch.maximum(gap, (log_probs.detach() - batch.old_log_probs).abs().max())
+        share = objective.mask(batch).sum() / tokens
+        sums["first_ratio"] += objective.terms(log_probs.detach(), batch).ratio * share
         if on_policy and policy.dtype != torch.float32:
             batch.old_log_probs = log_probs.detach()
         terms = objective.terms(log_probs, batch, entropy)
         loss = terms.total_loss * (objective.size(batch) / size)
         (loss * processes.world).backward()  # gradients are averaged over the processes, the loss is summed
         sums["total_loss"] += loss.detach()
-        for name in names[1:]:
-            sums[name] += getattr(terms, name).detach() * (objective.mask(batch).sum() / tokens)
+        for name in names:
+            sums[name] += getattr(terms, name).detach() * share
     return sums, gap
 
 

@@ -105,7 +105,7 @@ def step_pieces(run: Run, options: Any, groups: list[Any], repeats: int) -> list
 
     def minibatches() -> None:
         full = ReplayBuffer(items=buffer.items)
-        for _ in full.minibatches(epochs=1, minibatch_size=4, seed=0):
+        for _ in full.minibatches(epochs=1, parts=full.parts(4), seed=0):
             pass
 
     return [("reward of an answer", cpu_seconds(lambda: score_answer(ANSWER, LABEL), repeats), options.group_size),
@@ -118,7 +118,7 @@ def step_pieces(run: Run, options: Any, groups: list[Any], repeats: int) -> list
 def run_pieces(run: Run, options: Any, folder: Path, repeats: int) -> list[tuple[str, float, int]]:
     """Checkpoints and start-up: name, CPU seconds a call, 0."""
     options = replace(options, output_dir=str(folder / "run"))
-    state = {"step": 1, "bad_steps": 0, "products_per_step": options.batch_size, "world": 1,
+    state = {"step": 1, "why_bad": [], "products_per_step": options.batch_size, "world": 1,
              "optimizer": run.learner.optimizer.state_dict()}
     saved = save_checkpoint(run.policy, options, 1, state)
     size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file()) / 2 ** 20

@@ -45,10 +45,12 @@ class Answers:
 def build_report(answers: Sequence[Answers], settings: Mapping[str, Any], promise: float) -> dict[str, Any]:
     """Compare models on the products that all of them answered; the first is the one compared with.
 
+    An ablation may have answered fewer of them: it is compared with the model after on its own.
     promise: the share of wrong products at most among those accepted without review.
     """
     answers, unpaired = _pair(answers)
     models = [one for one in answers if one.kind != "ablation"]
+    ablations = {one.name: {record.key: record for record in one.records} for one in answers if one.kind == "ablation"}
     after = answers[1]
     return {
         "settings": dict(settings),
@@ -57,20 +59,22 @@ def build_report(answers: Sequence[Answers], settings: Mapping[str, Any], promis
         "summary": {one.name: _with_interval(one.records) for one in answers},
         "greedy": {one.name: summarise(one.greedy) for one in models if one.greedy},
         "change": {one.name: change(answers[0].records, one.records) for one in answers[1:] if one.kind != "ablation"},
-        "ablation": {one.name: change(after.records, one.records) for one in answers if one.kind == "ablation"},
+        "ablation": {name: change([record for record in after.records if record.key in records], [*records.values()])
+                     for name, records in ablations.items()},
         "rewards": {one.name: histogram([reward for record in one.records for reward in record.rewards])
                     for one in answers},
         "samples": {one.name: head_room(one.sampled) for one in models if one.sampled},
         "confidence": {one.name: confidence(one.sampled, promise) for one in models
                        if one.sampled and len(one.sampled[0].answers) > 1},
         "groups": [line for title, key in _GROUPS.items() for line in group_lines(title, key, models)],
-        "products": [_product(place, answers) for place in range(len(answers[0].records))],
+        "products": [_product(place, models, ablations) for place in range(len(answers[0].records))],
     }
 
 
 def _pair(answers: Sequence[Answers]) -> tuple[list[Answers], list[str]]:
     """Keep the products that every model answered; name the others, which would tilt the comparison."""
-    keys = [{record.key for record in side} for one in answers for side in (one.sampled, one.greedy) if side]
+    keys = [{record.key for record in side} for one in answers if one.kind != "ablation"
+            for side in (one.sampled, one.greedy) if side]
     common = set.intersection(*keys)
     left_out = sorted(set.union(*keys) - common)
 
@@ -171,15 +175,16 @@ def group_lines(title: str, key: Callable[[Sample], str], models: Sequence[Answe
     return lines
 
 
-def _product(place: int, answers: Sequence[Answers]) -> dict[str, Any]:
-    before, after = (one.records[place] for one in answers[:2])
+def _product(place: int, models: Sequence[Answers], ablations: Mapping[str, Mapping[Any, Record]]) -> dict[str, Any]:
+    before, after = (one.records[place] for one in models[:2])
     sample = before.sample
     return {"row": sample.row, "product_id": sample.product_id, "category": sample.category, "text": sample.text,
             "photos": [str(path) for path in sample.photos], "label": sorted(sample.label, reverse=True),
             "change": after.reward - before.reward,
-            "models": {one.name: _answers(one.records[place]) for one in answers if one.kind != "ablation"},
-            "greedy": {one.name: _answers(one.greedy[place]) for one in answers if one.greedy},
-            "ablations": {one.name: _answers(one.records[place]) for one in answers if one.kind == "ablation"}}
+            "models": {one.name: _answers(one.records[place]) for one in models},
+            "greedy": {one.name: _answers(one.greedy[place]) for one in models if one.greedy},
+            "ablations": {name: _answers(records[before.key]) for name, records in ablations.items()
+                          if before.key in records}}
 
 
 def _answers(record: Record) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """Policy + products -> records: what was answered, how it was read, what it was worth. Training, run.py and
 test_model.py all answer through here, so that prompt, sampling and parser are the same."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from PIL import Image
+from tqdm import tqdm
 
 from evidence import measures
 from own_reward import Scorer
@@ -74,14 +75,48 @@ class Record:
 
 
 def evaluate(encoder: PromptEncoder, samples: Sequence[Sample], num_samples: int, temperature: float | None,
-             max_length: int, seed: int, batch_size: int, scorer: Scorer | None = None
+             max_length: int, seed: int, batch_size: int, scorer: Scorer | None = None, show: bool = True
              ) -> tuple[list[Record], list[RolloutFailure]]:
-    """Answer each product num_samples times (once if greedy: temperature None) and score the answers."""
+    """Answer each product num_samples times (once if greedy: temperature None) and score the answers.
+
+    Of the products done only the records are held. show: a progress bar.
+    """
+    records, failures = [], []
+    for chunk in in_chunks(encoder, samples, batch_size, "held-out", show=show):
+        found, failed = answer_together(encoder, chunk, num_samples, temperature, max_length, seed, batch_size, scorer)
+        records += found
+        failures += failed
+    place = {sample: index for index, sample in enumerate(samples)}
+    return sorted(records, key=lambda record: place[record.sample]), failures
+
+
+def answer_together(encoder: PromptEncoder, samples: Sequence[Sample], num_samples: int, temperature: float | None,
+                    max_length: int, seed: int, batch_size: int, scorer: Scorer | None = None
+                    ) -> tuple[list[Record], list[RolloutFailure]]:
+    """Answer a few products as evaluate does, their prompts and photo features held all at once."""
     groups, failures = rollout_groups(encoder, samples, 1 if temperature is None else num_samples, temperature,
                                       max_length, f"evaluate/{seed}", batch_size)
     if scorer is not None:
         scorer.rescore(groups)
     return [Record(group.sample, group.answers, group.parts) for group in groups], failures
+
+
+def in_chunks(encoder: PromptEncoder, samples: Sequence[Sample], size: int, title: str, done: int = 0,
+              show: bool = True) -> Iterator[list[Sample]]:
+    """Cut products into chunks whose prompts are about as long, the longest first, with a progress bar.
+
+    While one chunk is worked on, the prompts of the next are prepared; behind it they are dropped. done: products
+    that were done before these.
+    """
+    ordered = sorted(samples, key=lambda sample: (len(sample.photos), len(sample.text)), reverse=True)
+    with tqdm(total=done + len(ordered), initial=done, desc=title, unit="product", leave=False,
+              disable=None if show else True, dynamic_ncols=True) as bar:
+        for start in range(0, len(ordered), size):
+            chunk = ordered[start:start + size]
+            encoder.prefetch(ordered[start:start + 2 * size])
+            yield chunk
+            encoder.forget(chunk)
+            bar.update(len(chunk))
 
 
 def summarise(records: Sequence[Record]) -> dict[str, float]:
@@ -127,20 +162,27 @@ def blank_photos(sample: Sample) -> list[Image.Image]:
 
 
 def with_other_photos(samples: Sequence[Sample]) -> list[Sample]:
-    """Give every product the photos of the next one that has as many, in a ring; the label stays its own."""
-    by_count: dict[int, list[int]] = {}
+    """Give every product with photos as many of another one, none of them its own; the label stays its own.
+
+    The next one that has enough gives them, else the one that has most; products that none can give any are left out.
+    """
+    swapped = []
     for index, sample in enumerate(samples):
-        by_count.setdefault(len(sample.photos), []).append(index)
-    swapped = list(samples)
-    for ring in by_count.values():
-        for position, index in enumerate(ring):
-            swapped[index] = replace(samples[index], photos=samples[ring[position - 1]].photos)
+        given: tuple[str, ...] = ()
+        for other in (*samples[index + 1:], *samples[:index]):
+            foreign = tuple(photo for photo in other.photos if photo not in sample.photos)[:len(sample.photos)]
+            given = max(given, foreign, key=len)
+            if len(given) == len(sample.photos):
+                break
+        if given:
+            swapped.append(replace(sample, photos=given))
     return swapped
 
 
 def ablations(samples: Sequence[Sample], make_encoder: Callable[..., PromptEncoder]
               ) -> dict[str, tuple[PromptEncoder, list[Sample]]]:
-    """Pair each photo ablation with the encoder and the products that carry it out."""
-    return {"no photos": (make_encoder(), [replace(sample, photos=()) for sample in samples]),
-            "photos blanked": (make_encoder(open_photos=blank_photos), list(samples)),
+    """Pair each photo ablation with the encoder and the products that carry it out, all of them with photos."""
+    shown = [sample for sample in samples if sample.photos]
+    return {"no photos": (make_encoder(), [replace(sample, photos=()) for sample in shown]),
+            "photos blanked": (make_encoder(open_photos=blank_photos), shown),
             "other products' photos": (make_encoder(), with_other_photos(samples))}

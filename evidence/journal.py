@@ -1,4 +1,4 @@
-"""A journal of work done row by row: a run that is killed takes it up where it stopped. No torch."""
+"""A journal of work done piece by piece: a run that is killed takes it up where it stopped. No torch."""
 
 import json
 import os
@@ -10,18 +10,18 @@ from sheets.samples import DataError
 
 
 class Journal:
-    """JSON lines on the disk: first what the results depend on, then one line a row.
+    """JSON lines on the disk: first what the results depend on, then one line a piece: a row, or a model's row.
 
     Opening it again gives the rows done so far; a line that a kill cut short counts as not written.
     """
 
     def __init__(self, path: Path, made_with: Mapping[str, Any]):
         self.path = path
-        self.done: dict[int, dict[str, Any]] = {}
+        self.done: dict[int | str, dict[str, Any]] = {}
         head = json.dumps(made_with, sort_keys=True)
         lines = self._whole_lines()
         if lines and lines[0] != head:
-            raise DataError(f"{path}: the rows done in there were made with another sheet, model or options; finish "
+            raise DataError(f"{path}: what is done in there was made with another sheet, model or options; finish "
                             "that run with its own, or delete the file to start anew")
         for line in lines[1:]:
             entry = json.loads(line)
@@ -30,14 +30,14 @@ class Journal:
         if not lines:
             self._write([head])
 
-    def add(self, lines: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
-        """Note rows as done; they are on the disk when this returns."""
+    def add(self, lines: Iterable[tuple[int | str, Mapping[str, Any]]]) -> None:
+        """Note pieces as done; they are on the disk when this returns."""
         lines = list(lines)
         self._write([json.dumps({"row": row, "line": line}) for row, line in lines])
         self.done.update({row: dict(line) for row, line in lines})
 
     def finish(self) -> None:
-        """Remove the journal: its rows are safe elsewhere."""
+        """Remove the journal: what it holds is safe elsewhere."""
         self._file.close()
         self.path.unlink()
 
@@ -55,3 +55,11 @@ class Journal:
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
         return whole.decode("utf-8").splitlines()
+
+
+def weights_of(path: str | Path) -> list[list[Any]]:
+    """Tell a model from others: name, size and time of its files with weights and options, none for a hub name."""
+    path = Path(path)
+    files = sorted([*path.glob("*.safetensors"), *path.glob("*.yaml")]) if path.is_dir() else \
+        [path] if path.is_file() else []
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

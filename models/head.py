@@ -1,9 +1,13 @@
 """From hidden states to log-probs, in float32, at a temperature and without banned ids: in sampling and update alike.
 
+In bfloat16 a head multiplies rounded numbers, as every layer does, but the sums, its logits, stay in float32: rounded,
+a logit of 20 would come in steps of an eighth.
+
 An update wants one number of each row of logits, so the rows are computed in chunks and, beyond one chunk, again in the
 backward pass: what is held at once does not grow with the number of tokens.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +17,34 @@ from torch.nn.functional import linear
 CHUNK_NUMBERS = 2 ** 24  # logits held at once: 64 MiB in float32
 
 
-def distribution(head: nn.Module, hidden: Tensor, temperature: float | None, banned: Tensor) -> Tensor:
+class Logits:
+    """A head's product as it is computed, with the weight cast once: hidden (n, d) -> (n, V), never in bfloat16."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
+        self._dtype = dtype
+        self._weight = weight.to(dtype)  # (V, d)
+        # Torch's kernels for CPUs would round the sums; in float32 products of bfloat16 numbers are exact.
+        self._widened = dtype == torch.bfloat16 and weight.device.type == "cpu"
+        if self._widened:
+            self._weight = self._weight.float()
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(self._dtype)
+        if self._widened:
+            hidden = hidden.float()
+        elif self._dtype == torch.bfloat16:
+            return torch.mm(hidden, self._weight.T, out_dtype=torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return linear(hidden, self._weight)
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype in which layers multiply hidden states here and now."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def distribution(head: Callable[[Tensor], Tensor], hidden: Tensor, temperature: float | None, banned: Tensor) -> Tensor:
     """Log-probs over the vocabulary, (n, V): of hidden (n, d) at the temperature, None meaning 1."""
     return _log_softmax(head(hidden), temperature or 1.0, banned)
 
@@ -39,14 +70,13 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, banned: Tensor,
                 with_entropy: bool, rows: int) -> tuple[Tensor, Tensor]:
-        device = hidden.device.type
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.dtype = compute_dtype(hidden)
         ctx.temperature, ctx.rows, ctx.probabilities = temperature, rows, None
         taken, entropy = (torch.zeros(len(tokens), device=hidden.device) for _ in range(2))
         whole = len(tokens) <= rows and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
-        cast = weight.to(ctx.dtype)
+        head = Logits(weight, ctx.dtype)
         for chunk in _chunks(len(tokens), rows):
-            log_probs = _log_softmax(linear(hidden[chunk].to(ctx.dtype), cast), temperature, banned)  # (rows, V)
+            log_probs = _log_softmax(head(hidden[chunk]), temperature, banned)  # (rows, V)
             taken[chunk] = log_probs.gather(1, tokens[chunk, None])[:, 0]
             probabilities = log_probs.exp() if with_entropy or whole else None
             if with_entropy:  # p log p, 0 where p is: the products of 0 and -inf are NaN, and left out
@@ -61,13 +91,14 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, tokens, banned = ctx.saved_tensors
         cast = weight.to(ctx.dtype)
+        head = Logits(weight, ctx.dtype) if ctx.probabilities is None else None
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for chunk in _chunks(len(tokens), ctx.rows):
             own = hidden[chunk].to(ctx.dtype)
             logits_grad = ctx.probabilities
             if logits_grad is None:
-                logits_grad = _log_softmax(linear(own, cast), ctx.temperature, banned).exp_()  # (rows, V)
+                logits_grad = _log_softmax(head(own), ctx.temperature, banned).exp_()  # (rows, V)
             logits_grad.mul_(-grad[chunk, None] / ctx.temperature)
             logits_grad.scatter_add_(1, tokens[chunk, None], grad[chunk, None] / ctx.temperature)
             logits_grad = logits_grad.to(ctx.dtype)

@@ -21,7 +21,7 @@ from config import TrainOptions
 from models import lora, shared_prefix
 from models.decoding import PackedWriter, PlainWriter
 from models.family import ModelError, Prompt
-from models.head import distribution, token_log_probs
+from models.head import Logits, compute_dtype, distribution, token_log_probs
 from models.loading import DTYPES, choose_device, family_of, load_minicpm, load_weights, stop_token_ids
 
 
@@ -172,12 +172,13 @@ class Policy:
                 temperature: float | None) -> Generation:
         rows, max_length = uniforms.shape
         writer = self._begin(prompts, features, rows // len(prompts), max_length)
+        head = Logits(self._head.weight, compute_dtype(writer.hidden))
         completions = torch.zeros(rows, max_length, dtype=torch.long, device=self.device)
         log_probs = torch.zeros(rows, max_length, device=self.device)
         stopped = torch.zeros(rows, dtype=torch.bool, device=self.device)
         look_every = 1 if self.device.type == "cpu" else 8  # asking which have stopped waits for the GPU
         for step in range(max_length):
-            step_log_probs = distribution(self._head, writer.hidden, temperature, self._banned)  # (n, V)
+            step_log_probs = distribution(head, writer.hidden, temperature, self._banned)  # (n, V)
             token = _inverse_cdf(step_log_probs, uniforms[writer.rows, step, None]) if temperature else \
                 step_log_probs.argmax(-1, keepdim=True)  # (n, 1)
             completions[writer.rows, step] = token[:, 0]
@@ -190,7 +191,7 @@ class Policy:
                     break
                 kept = writer.drop(stopped)
                 token = token if kept is None else token.index_select(0, kept)
-            writer.feed(self._embed_tokens(token))
+            writer.feed(self._embed_ids(token))
 
         completions, log_probs = completions[:, :step + 1], log_probs[:, :step + 1]
         is_stop = torch.isin(completions, self.stop_ids)
@@ -245,7 +246,7 @@ class Policy:
         layout = shared_prefix.lay_out_groups([len(prompt.input_ids) for prompt in prompts], action_mask, self.dtype)
         rows = self._embed(prompts, features)
         if layout.answers is not None:
-            rows = rows.followed_by(self._embed_tokens(completions.flatten()[layout.answers.tokens]),
+            rows = rows.followed_by(self._embed_ids(completions.flatten()[layout.answers.tokens]),
                                     layout.answers.offsets)
         hidden = self._forward(rows, features, layout=layout).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, layout.predictors)
@@ -256,10 +257,19 @@ class Policy:
         group_size, columns = len(completions) // len(prompts), completions.shape[1]
         prefix = self._embed(prompts, features, left=True).repeated(group_size)
         # Behind a stop token nothing is read: no token sees it, and the log-probs there are left out.
-        rows = prefix.followed_by(self._embed_tokens(completions),
+        rows = prefix.followed_by(self._embed_ids(completions),
                                   torch.arange(columns, device=self.device).expand(len(completions), -1))
         hidden = self._forward(rows, [photo for photo in features for _ in range(group_size)]).last_hidden_state
         return hidden[:, -columns - 1:-1][action_mask]  # the prompt's last token predicts the first
+
+    def _embed_ids(self, ids: Tensor) -> Tensor:
+        """Embed tokens: (.., d).
+
+        In bfloat16 they are rounded to it, as autocast rounds other matrices, and what the layers add up to them stays
+        in float32, whatever dtype the weights are held in: policy and reference compute alike.
+        """
+        embedded = self._embed_tokens(ids)
+        return embedded.bfloat16().float() if self.dtype == torch.bfloat16 else embedded
 
     def _embed(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], left: bool | None = None) -> _Rows:
         """Embed prompts, photos in place; left: padded there, as plain rows are."""
@@ -271,7 +281,7 @@ class Policy:
             length = len(prompt.input_ids)
             start = longest - length if left else 0
             padding = (start, longest - length - start)
-            row = self._embed_tokens(prompt.input_ids.to(self.device))  # (P_i, d)
+            row = self._embed_ids(prompt.input_ids.to(self.device))  # (P_i, d)
             if photo is not None:
                 at = self.family.photo_positions(self.model, prompt)  # (P_i,)
                 if int(at.sum()) != len(photo):  # masked_scatter would drop the rest without a word

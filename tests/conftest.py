@@ -17,6 +17,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 import demo  # noqa: E402
 import standin_minicpm  # noqa: E402
+from evidence import evaluation  # noqa: E402
 from models.loading import load_minicpm  # noqa: E402
 from models.policy import Policy  # noqa: E402
 from runs import write_shop  # noqa: E402
@@ -71,6 +72,33 @@ def said():
     sink = logger.add(lambda line: lines.append(str(line)), format="{level} {message}")
     yield lines
     logger.remove(sink)
+
+
+class Bar:
+    """A progress bar that keeps what it was told."""
+
+    made: list["Bar"] = []
+
+    def __init__(self, total, initial=0, desc="", **_):
+        self.title, self.total, self.shown = desc, total, [initial]
+        Bar.made.append(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, count):
+        self.shown.append(self.shown[-1] + count)
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The bars over products that are answered during the test."""
+    monkeypatch.setattr(Bar, "made", [])
+    monkeypatch.setattr(evaluation, "tqdm", Bar)
+    return Bar.made
 
 
 @pytest.fixture

@@ -60,13 +60,14 @@ def test_the_verdict(figures, said):
     assert said in check_reward.verdict(*figures)
 
 
-def test_a_sheet_is_examined(shop):
+def test_a_sheet_is_examined(shop, bars):
     options = CheckRewardOptions(data_path=str(shop / "data.xlsx"), model_path=str(shop / "model"), group_size=4,
                             image_cache_dir=str(shop / "photos"), prompt_file=str(shop / "prompt.txt"), max_length=8,
                             temperature=1.0, device="cpu", num_threads=1)
     check_options(options)
     said = check_reward.examine(options)
     assert said.startswith("8 products x 4 answers at temperature 1.0") and "best of 4" in said and "verdict" in said
+    assert [(bar.total, bar.shown) for bar in bars] == [(8, [0, 8])]
 
 
 def test_what_does_not_go_together():

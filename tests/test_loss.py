@@ -148,6 +148,17 @@ def test_on_policy_gradient_is_reinforce():
     assert torch.allclose(new.grad, again.grad)
 
 
+@pytest.mark.parametrize(("loss_type", "expected"), [
+    ("grpo", 0), ("dapo", -(1 * 3 - 0.5 * 1 - 0.5 * 1) / 5), ("dr_grpo", -(1 * 3 - 0.5 * 1 - 0.5 * 1) / (3 * 4))])
+def test_the_first_loss_of_a_step(loss_type, expected):
+    """The ratio is 1 and advantages average to zero; a long answer with a good one weighs more where tokens count."""
+    mask = [[True, True, True], [True, False, False], [True, False, False]]
+    old = [[LOG(0.5)] * 3] * 3
+    loss, _ = VLM_GRPOLoss(0.2, 0.0, loss_type=loss_type, max_length=4)(
+        torch.tensor(old), experience(old, [1.0, -0.5, -0.5], mask))
+    assert loss == pytest.approx(expected, abs=1e-7)
+
+
 def test_log_ratios_are_clamped():
     new = torch.tensor([[100.0]], requires_grad=True)
     loss, _ = VLM_GRPOLoss(0.2, 0.0)(new, experience([[-100.0]], [-1.0], [[True]]))

@@ -1,5 +1,6 @@
 """Join, minibatches, saving: nothing lost, nothing mixed up."""
 
+import pytest
 import torch
 
 from models.family import Prompt
@@ -55,14 +56,22 @@ def test_minibatches_cover_every_group_once_an_epoch_and_drop_none():
     buffer = ReplayBuffer()
     for seed in range(7):
         buffer.append(group(3, [2, 1], seed))
-    batches = list(buffer.minibatches(epochs=3, minibatch_size=3, seed="s"))
-    assert [len(batch) for batch in batches] == [3, 3, 1] * 3
+    batches = list(buffer.minibatches(epochs=3, parts=buffer.parts(3), seed="s"))
+    assert [len(batch) for batch in batches] == [2, 2, 3] * 3
     epochs = [[item.sources[0] for batch in batches[start:start + 3] for item in batch] for start in (0, 3, 6)]
     assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 7 for epoch in epochs)
     assert epochs[0] != epochs[1]
-    assert [[item.sources for item in batch] for batch in buffer.minibatches(3, 3, "s")] == \
+    assert [[item.sources for item in batch] for batch in buffer.minibatches(3, 3, seed="s")] == \
         [[item.sources for item in batch] for batch in batches]
-    assert len(next(buffer.minibatches(1, None, 0))) == 7
+    assert len(next(buffer.minibatches(1, buffer.parts(None), 0))) == 7
+
+
+@pytest.mark.parametrize(("groups", "size", "sizes"), [
+    (16, 5, [4, 4, 4, 4]), (16, 4, [4, 4, 4, 4]), (5, 2, [1, 2, 2]), (3, 8, [3]), (3, None, [3]), (0, 4, []),
+    (0, None, [])])
+def test_minibatches_are_even(groups, size, sizes):
+    buffer = ReplayBuffer(items=[GROUPS[0]] * groups)
+    assert [len(batch) for batch in buffer.minibatches(1, buffer.parts(size), 0)] == sizes
 
 
 def test_state_survives_saving(tmp_path):

@@ -1,6 +1,7 @@
 """One product -> one group; what fails is named and never trains."""
 
 import threading
+from concurrent.futures import wait
 from dataclasses import replace
 
 import pytest
@@ -111,10 +112,52 @@ def test_prompts_to_come_are_prepared_on_another_thread(dense_policy, tmp_path):
         encoder.encode(samples[1])
     encoder.encode(samples[2])
     encoder.prefetch(samples[:1])  # it is held already
-    assert threads == [(2, False), (3, False), (4, True)]
+    assert threads == [(2, False), (3, False), (4, False)]
     wanted = PromptEncoder(dense_policy).encode(samples[0])
     assert torch.equal(first.input_ids, wanted.input_ids)
     assert torch.equal(first.photos["pixel_values"], wanted.photos["pixel_values"])
+
+
+def test_one_thread_alone_asks_the_image_processor(dense_policy, tmp_path, monkeypatch):
+    samples = [sample_of(tmp_path, row) for row in range(2, 10)]
+    good, threads = dense_policy.encode_prompt, set()
+
+    def watched(text, photos):
+        threads.add(threading.current_thread().name)
+        return good(text, photos)
+
+    monkeypatch.setattr(dense_policy, "encode_prompt", watched)
+    encoder = PromptEncoder(dense_policy)
+    encoder.prefetch(samples[4:])
+    for sample in samples:
+        encoder.encode(sample)
+    assert len(threads) == 1
+
+
+def test_prompts_to_come_count_towards_the_cache(dense_policy, tmp_path):
+    samples = [sample_of(tmp_path, row) for row in range(2, 10)]
+    wanted = [PromptEncoder(dense_policy).encode(sample) for sample in samples]
+    opened = []
+
+    def open_photos(sample):
+        opened.append(sample.row)
+        return load_photos(sample)
+
+    encoder = PromptEncoder(dense_policy, open_photos=open_photos)
+    encoder._limit = int(3.5 * wanted[0].num_bytes)
+    for index, sample in enumerate(samples):
+        encoder.prefetch(samples[index:])
+        wait(encoder._coming.values())
+        assert opened == [one.row for one in samples[:index + 3 if index else 1]]  # the first says how large they are
+        assert encoder._bytes + encoder._bytes_coming() <= encoder._limit
+        assert torch.equal(encoder.encode(sample).photos["pixel_values"], wanted[index].photos["pixel_values"])
+        encoder.forget([sample])
+    nothing_ahead = PromptEncoder(dense_policy, cache_mb=0, open_photos=open_photos)
+    opened.clear()
+    nothing_ahead.prefetch(samples)
+    assert not nothing_ahead._coming
+    nothing_ahead.encode(samples[1])
+    assert opened == [3]
 
 
 def test_a_prompt_too_long_loses_whole_photos_from_the_end(policy, tmp_path):

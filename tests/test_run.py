@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ import run as comparing
 import train_vlm_parallel as training
 from config import CompareOptions
 from evidence.evaluation import ablations, evaluate
+from evidence.report import write_sheet
 from ground.errors import UserError
 from ground.options import check_options
+from models.policy import Policy
 from rollout import PromptEncoder
+from rounding import float64
 from runs import train_options
 
 
@@ -64,6 +68,66 @@ def test_another_model_that_is_not_there_is_refused_at_once(trained, tmp_path):
         compare(trained, tmp_path, also=["a/b/gone"])
     with pytest.raises(UserError, match="given twice"):
         compare(trained, tmp_path, also=[str(trained), str(trained)])
+
+
+class Killed(BaseException):
+    """What a kill does to a process, as far as it can be planted."""
+
+
+def test_a_killed_comparison_goes_on_where_it_stopped(trained, shop, tmp_path, monkeypatch):
+    good, asked = Policy.sample, []
+
+    def sample(self, prompts, *args):
+        if len(asked) == killed_at:
+            raise Killed
+        asked.append(len(prompts))
+        return good(self, prompts, *args)
+
+    monkeypatch.setattr(Policy, "sample", sample)
+    settings = dict(eval_batch_size=2, also=[str(shop / "model")], ablate=True)
+    reports, calls = [], []
+    for folder, kills in (("whole", []), ("killed", [3, 6, 1, 5])):
+        asked.clear()
+        with float64():  # what is resumed is answered in other batches
+            for more in kills:
+                killed_at = len(asked) + more
+                with pytest.raises(Killed):
+                    compare(trained, tmp_path / folder, **settings)
+                assert (tmp_path / folder / "compare.journal").is_file()
+            killed_at = None
+            reports.append(compare(trained, tmp_path / folder, **settings) | {"settings": None})
+        assert not (tmp_path / folder / "compare.journal").exists()
+        calls.append(len(asked))
+    assert reports[0] == reports[1]
+    assert calls[1] - calls[0] <= 4  # of a chunk cut off, the sampled answers are sampled again
+
+
+def test_a_comparison_of_other_answers_is_not_gone_on_from(trained, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(comparing, "build_report", Mock(side_effect=Killed))
+        compare(trained, tmp_path, greedy=True)
+    for changes in ({"seed": 1}, {"max_products": 2}, {"also": [str(trained.parent / "step_000001")]}):
+        with pytest.raises(UserError, match="compare.journal: .*another sheet, model or options"):
+            compare(trained, tmp_path, greedy=True, **changes)
+    monkeypatch.setattr(Policy, "sample", Mock(side_effect=Killed))
+    compare(trained, tmp_path, greedy=True, accept_error=0.1)
+
+
+def test_every_model_has_its_bar(trained, shop, tmp_path, bars):
+    report = compare(trained, tmp_path, ablate=True, also=[str(shop / "model")])
+    assert [bar.title for bar in bars] == [model["name"] for model in report["models"]]
+    count = len(report["products"])
+    left_out = sum(not product["photos"] for product in report["products"])
+    assert [bar.total for bar in bars] == [count] * 2 + [count - left_out] * 3 + [count]
+    assert all(bar.shown[-1] == bar.total for bar in bars)
+    notes = [f"{left_out} of {count} products left out: they have no photos, or no other product has other ones"]
+    assert [model["notes"] for model in report["models"][2:5]] == [notes if left_out else []] * 3
+
+
+def test_photos_that_nobody_can_swap_are_not_ablated(trained, shop, tmp_path):
+    write_sheet(tmp_path / "own.xlsx", {"t": [{"text": f"box {row}", "label": "1 2 3"} for row in (2, 3)]})
+    with pytest.raises(UserError, match="--ablate: none of these products"):
+        compare(trained, tmp_path, ablate=True, data_path=str(tmp_path / "own.xlsx"))
 
 
 def test_what_names_tell_apart():

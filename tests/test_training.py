@@ -119,6 +119,22 @@ def test_minibatches_and_epochs_take_their_optimizer_steps(shop, tmp_path, monke
     assert len(steps) == 3 * 3
 
 
+def test_processes_cut_their_products_into_the_same_number_of_even_parts(shop, tmp_path, monkeypatch):
+    """Where another process has more to cut: this one, whose rollouts failed in part, has a share of each step."""
+    options = train_options(shop, tmp_path, minibatch_size=2)
+    run, buffer = one_step(options)
+    sizes = []
+
+    class Two(training.Processes):
+        def most(self, number):
+            return max(number, 3) if number == 2 else number  # the other has five products: three parts
+
+    monkeypatch.setattr(update, "backward", lambda learner, minibatch, *_, **__: sizes.append(len(minibatch)))
+    run.learner.processes = Two()
+    training.update(run.learner, buffer, options, step=0)
+    assert sizes == [1, 1, 1]
+
+
 def test_the_first_minibatch_of_each_step_is_on_policy(shop, tmp_path):
     options = train_options(shop, tmp_path, eval_every=0, batch_size=5, minibatch_size=2, epochs=2, lr=1e-2)
     training.train(options)
@@ -199,13 +215,49 @@ class NaNLoss(VLM_GRPOLoss):
 def test_non_finite_steps_change_nothing_are_named_and_stop_the_run(shop, tmp_path, said, monkeypatch):
     monkeypatch.setattr(update, "VLM_GRPOLoss", NaNLoss)
     options = train_options(shop, tmp_path, max_steps=9, save_every=1, max_bad_steps=3, eval_every=0)
-    with pytest.raises(training.BadRun, match="3 steps in a row"):
+    with pytest.raises(training.BadRun, match="3 steps in a row .*: loss or gradient not finite in 3 "):
         training.train(options)
     text = "".join(said)
     assert text.count("skipped, weights unchanged") == 3 and "data.xlsx row" in text
+    assert text.count("no optimizer step: loss or gradient not finite") == 3
     assert [value for _, value in tags(options.log_dir)["skipped_minibatches"]] == [1, 1, 1]
     saved, before = weights(list_checkpoints(Path(options.output_dir))[-1]), weights(shop / "model")
     assert all(torch.equal(saved[name], before[name]) for name in before)
+
+
+def test_one_bad_minibatch_of_many_makes_no_bad_step(shop, tmp_path, monkeypatch):
+    good, calls = update.accumulate, []
+
+    def third_spoilt(*args):
+        sums, *rest = good(*args)
+        calls.append(1)
+        return sums | ({"total_loss": sums["total_loss"] * float("nan")} if len(calls) % 3 == 0 else {}), *rest
+
+    monkeypatch.setattr(update, "accumulate", third_spoilt)
+    options = train_options(shop, tmp_path, minibatch_size=1, max_bad_steps=2, eval_every=0, preflight=False)
+    training.train(options)
+    curves = tags(options.log_dir)
+    assert [value for _, value in curves["skipped_minibatches"]] == [1, 1, 1]
+    assert [value for _, value in curves["optimizer_steps"]] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("spoil", "why"), [
+    (lambda groups, failures: ([replace(group, truncated=torch.ones_like(group.truncated)) for group in groups], []),
+     "every answer left out by --mask_truncated"),
+    (lambda groups, failures: ([], failures), "no answer could be sampled")])
+def test_steps_that_hold_nothing_to_learn_from_are_bad(shop, tmp_path, said, monkeypatch, spoil, why):
+    good = training.rollout_groups
+    monkeypatch.setattr(training, "rollout_groups", lambda *args: spoil(*good(*args)))
+    options = train_options(shop, tmp_path, mask_truncated=True, max_steps=9, save_every=1, max_bad_steps=3,
+                            eval_every=0)
+    with pytest.raises(training.BadRun, match=f"3 steps in a row .*: {why} in 3 "):
+        training.train(options)
+    assert f"step 2: no optimizer step: {why}" in "".join(said)
+    saved, before = weights(list_checkpoints(Path(options.output_dir))[-1]), weights(shop / "model")
+    assert all(torch.equal(saved[name], before[name]) for name in before)
+    with pytest.raises(training.BadRun, match=f"3 steps in a row .*: {why} in 3 "):  # two of them before the stop
+        training.train(replace(options, resume="auto"))
+    assert "".join(said).count("step 3: no optimizer step") == 2
 
 
 def test_a_non_finite_gradient_is_skipped_too(shop, tmp_path, monkeypatch):
@@ -262,11 +314,49 @@ def test_without_kl_no_reference_is_loaded(shop, tmp_path):
     assert "kl_divergence" not in tags(options.log_dir)
 
 
-def test_a_bfloat16_reference_keeps_its_positions_in_float32(shop, tmp_path):
-    options = train_options(shop, tmp_path, dtype="bfloat16")
+@pytest.mark.parametrize("train_vision", [False, True])
+def test_a_bfloat16_reference_holds_its_matrices_in_bfloat16(shop, tmp_path, train_vision):
+    options = train_options(shop, tmp_path, dtype="bfloat16", train_vision=train_vision)
     _, reference, _ = training.load_models(options, None)
-    assert {parameter.dtype for parameter in reference.model.parameters()} == {torch.bfloat16}
+    vision = {id(parameter) for module in reference.family.vision_modules(reference.model)
+              for parameter in module.parameters()}
+    kept = [parameter for parameter in reference.model.parameters()
+            if parameter.dim() < 2 or (train_vision and id(parameter) in vision)]
+    assert {parameter.dtype for parameter in kept} == {torch.float32}
+    assert {parameter.dtype for parameter in reference.model.parameters()} == {torch.float32, torch.bfloat16}
+    assert sum(parameter.dtype == torch.float32 for parameter in reference.model.parameters()) == len(kept)
     assert {buffer.dtype for buffer in reference.model.buffers() if buffer.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("changes", [{}, {"train_vision": True}, {"lora_rank": 4}])
+def test_bfloat16_starts_from_a_kl_of_zero(shop, tmp_path, changes):
+    options = train_options(shop, tmp_path, dtype="bfloat16", max_steps=1, eval_every=0, preflight=False, **changes)
+    training.train(options)
+    assert tags(options.log_dir)["kl_divergence"][0][1] < 1e-9
+
+
+def test_rounding_stays_out_of_later_optimizer_steps(shop, tmp_path):
+    """With weights that stand still every ratio is 1; against the log-probs of sampling some tokens were clipped."""
+    options = train_options(shop, tmp_path, eval_every=0, dtype="bfloat16", lr=1e-30, minibatch_size=1, epochs=2,
+                            clip_eps=1e-3)
+    run, buffer = one_step(options)
+    sampled = [item.old_log_probs for item in buffer.items]
+    metrics = training.update(run.learner, buffer, options, step=0)
+    assert metrics["clip_fraction"] == 0 and metrics["ratio"] == pytest.approx(1, abs=1e-6)
+    gaps = [item.old_log_probs - before for item, before in zip(buffer.items, sampled, strict=True)]
+    tokens = torch.cat([gap[item.action_mask] for gap, item in zip(gaps, buffer.items, strict=True)])
+    assert metrics["log_prob_gap"] == pytest.approx(float(tokens.abs().max())) and metrics["log_prob_gap"] > 0
+    assert metrics["first_ratio"] == pytest.approx(float(tokens.exp().mean()), rel=1e-6)
+
+
+def test_the_first_ratio_is_against_sampling(shop, tmp_path):
+    """Not against the log-probs that take their place in bfloat16: those give 1 whatever was sampled."""
+    options = train_options(shop, tmp_path, eval_every=0, dtype="bfloat16")
+    run, buffer = one_step(options)
+    for item in buffer.items:
+        item.old_log_probs = item.old_log_probs - 0.5 * item.action_mask
+    metrics = training.update(run.learner, buffer, options, step=0)
+    assert metrics["ratio"] == 1 and metrics["first_ratio"] == pytest.approx(math.exp(0.5), rel=0.05)
 
 
 def test_starting_from_other_weights_keeps_the_reference(shop, tmp_path):
@@ -325,7 +415,7 @@ def test_photos_of_the_next_step_are_opened_beside_the_computing(shop, tmp_path,
     training.train(train_options(shop, tmp_path, eval_every=0, batch_size=2, max_steps=3, eval_fraction=0.0,
                                  exact_path=True, preflight=False))
     assert len(opened) == 6 and len({row for row, _ in opened}) == 6
-    assert sorted(by_main for _, by_main in opened) == [False] * 4 + [True] * 2
+    assert not any(by_main for _, by_main in opened)
 
 
 @pytest.mark.parametrize("asked", [False, True])

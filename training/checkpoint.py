@@ -9,8 +9,10 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -61,25 +63,26 @@ def save_model(policy: Policy, options: TrainOptions, base_path: str, folder: Pa
             shutil.copyfile(file, folder / REWARD_FILE.format(number))
 
 
-def keep_best(policy: Policy, options: TrainOptions, step: int, reward: float,
-              weights: dict[str, Tensor] | None = None) -> bool:
-    """Keep these weights in output_dir/best if their held-out mean reward is the best so far.
+def keep_best(policy: Policy, options: TrainOptions, step: int, rewards: Mapping[str, float],
+              weights: dict[str, Tensor] | None = None) -> None:
+    """Keep these weights in output_dir/best, with the held-out products' mean rewards that speak for them.
 
     weights: the whole ones, where the policy holds only a share.
-    Returns whether the run should stop: no better one for stop_after evaluations.
     """
-    best = read_best(options.output_dir)
-    if best is None or reward > best["mean_reward"]:
-        best = {"step": step, "mean_reward": reward}
-        if options.save_best:
-            with whole_folder(Path(options.output_dir) / BEST) as folder, disk_errors():
-                save_model(policy, options, options.model_path, folder, weights)
-                write_json(folder / BEST_FILE, best)
-    return 0 < options.stop_after * options.eval_every <= step - best["step"]
+    with whole_folder(Path(options.output_dir) / BEST) as folder, disk_errors():
+        save_model(policy, options, options.model_path, folder, weights)
+        write_json(folder / BEST_FILE, {"step": step, "mean_reward": fmean(rewards.values()), "rewards": rewards})
+
+
+def is_better(rewards: Mapping[str, float], best: Mapping[str, Any] | None) -> bool:
+    """Tell whether rewards by product are better, on average over the products that both answered; without any, yes."""
+    earlier = best.get("rewards", {}) if best else {}
+    common = rewards.keys() & earlier.keys()
+    return not common or fmean(rewards[name] for name in common) > fmean(earlier[name] for name in common)
 
 
 def read_best(output_dir: str) -> dict[str, Any] | None:
-    """The step and held-out mean reward of output_dir/best; None when there is none."""
+    """The step and held-out mean reward of output_dir/best, and each product's; None when there is none."""
     path = Path(output_dir) / BEST / BEST_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from loguru import logger
+from torch import nn
 
 from config import SheetOptions, TrainOptions
 from ground.commands import TIMED, log_to_console
@@ -113,11 +114,22 @@ def load_models(options: TrainOptions, resume_from: Path | None) -> tuple[Policy
         torch.equal(one.to(device), other) for mine, theirs in
         zip(vision(reference_model), vision(model), strict=True)
         for one, other in zip(mine.parameters(), theirs.parameters(), strict=True))
-    for parameter in reference_model.parameters():  # not its buffers: positions in bfloat16 would be other positions
-        parameter.data = parameter.data.to(dtype)
+    hold_in(dtype, reference_model, () if shares_vision else vision(reference_model))
     reference = Policy(reference_model.to(device), tokenizer, image_processor, dtype, options.max_slice_nums,
                        options.max_pixels, options.exact_path)
     return policy, reference, shares_vision
+
+
+def hold_in(dtype: torch.dtype, model: nn.Module, spared: Sequence[nn.Module]) -> None:
+    """Hold a frozen model's matrices in the dtype that they are multiplied in; it computes what the policy does.
+
+    Autocast rounds the policy's matrices to it as well, but neither vectors nor the sums between layers. Spared modules
+    stay as they are. Buffers do too: positions in bfloat16 would be other positions.
+    """
+    kept = {id(parameter) for module in spared for parameter in module.parameters()}
+    for parameter in model.parameters():
+        if parameter.dim() >= 2 and id(parameter) not in kept:
+            parameter.data = parameter.data.to(dtype)
 
 
 def load_adapted(options: TrainOptions, resume_from: Path | None) -> Policy:

@@ -11,7 +11,7 @@ from typing import Any
 from loguru import logger
 
 from config import TrainOptions
-from evidence.evaluation import Record, evaluate
+from evidence.evaluation import Record, answer_together
 from ground.errors import OptionError
 from ground.options import read_options, split_reward
 from models.lora import base_of, is_adapter
@@ -39,13 +39,14 @@ class TrainedModel:
 
     def answer(self, encoder: PromptEncoder, samples: Sequence[Sample], num_samples: int, seed: int,
                greedy: bool = False) -> tuple[list[Record], list[RolloutFailure]]:
-        """Answer products num_samples times each at the training temperature, or once greedily.
+        """Answer a few products num_samples times each at the training temperature, or once greedily.
 
-        Where memory runs out, fewer of them are answered together, from then on.
+        Many go through evaluation.in_chunks first: what is prepared for these is held all at once. Where memory runs
+        out, fewer are answered together, from then on.
         """
         temperature = None if greedy else self.options.temperature
-        records, failures = evaluate(encoder, samples, num_samples, temperature, self.options.max_length, seed,
-                                     self.batch_size, self.scorer)
+        records, failures = answer_together(encoder, samples, num_samples, temperature, self.options.max_length, seed,
+                                            self.batch_size, self.scorer)
         starved = [failure for failure in failures if failure.reason.startswith("out of memory")]
         if not starved or self.batch_size == 1:
             return records, failures

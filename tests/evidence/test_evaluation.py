@@ -1,17 +1,22 @@
 """Records to figures, sheets and tables: against numbers worked by hand; hostile text stays text."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
 from openpyxl import load_workbook
 
 from evidence.comparison import Answers, build_report, histogram
-from evidence.evaluation import Record, summarise, with_other_photos
+from evidence.evaluation import Record, evaluate, summarise, with_other_photos
 from evidence.report import answer_line, change_lines, confidence_line, review_rows, summary_table, tables, write_sheet
 from ground.files import write_json
 from reward import score_answer
+from rollout import PromptEncoder
+from rounding import float64
 from sheets.samples import Sample
+from tiny import noise_photo
 
 
 def record(row, answers, label=(15.0, 12.0, 8.0), photos=()):
@@ -135,3 +140,70 @@ def test_every_product_gets_another_ones_photos():
     for own, other in zip(samples, swapped, strict=True):
         assert own.photos != other.photos and len(own.photos) == len(other.photos)
         assert (own.row, own.label, own.text) == (other.row, other.label, other.text)
+
+
+@pytest.mark.parametrize(("photos", "given"), [
+    (["ab", "cde"], ["cd", "ab"]),  # none has as many: what another one has, as far as it goes
+    (["a", "bcd", "ef"], ["b", "ef", "bc"]),
+    (["ax", "bx", "cx"], ["b", "c", "a"]),  # a photo that all share is no other product's
+    (["ab", "ab", "cd"], ["cd", "cd", "ab"]),  # two rows of one product
+    (["a", "", "b"], ["b", None, "a"]),  # without photos there is nothing to take away
+    (["a", "a", ""], [None, None, None]), ([""], [None]), (["ab"], [None]),
+])
+def test_nobody_is_shown_photos_of_its_own(photos, given):
+    samples = [record(row, [GOOD], photos=tuple(each)).sample for row, each in enumerate(photos)]
+    swapped = {sample.row: "".join(sample.photos) for sample in with_other_photos(samples)}
+    assert [swapped.get(row) for row in range(len(photos))] == given
+
+
+def test_an_ablation_is_compared_on_its_own_products_and_narrows_nothing():
+    before, after = ([record(row, [answer]) for row in (2, 3, 4)] for answer in (FAIR, GOOD))
+    blank = [record(4, [POOR]), record(2, [FAIR])]
+    report = build_report([Answers("before", "before", "a", before, []), Answers("after", "after", "b", after, []),
+                           Answers("blank", "ablation", "b", blank, [], ("1 of 3 left out",))], {"promise": 0.2}, 0.2)
+    assert not report["unpaired"] and len(report["products"]) == 3
+    assert report["ablation"]["blank"]["mean"] == pytest.approx(((1 - 0.5 / 3 - 1) + (0.2 - 1)) / 2)
+    assert [list(product["ablations"]) for product in report["products"]] == [["blank"], [], ["blank"]]
+    assert report["products"][2]["ablations"]["blank"]["reward"] == pytest.approx(0.2)
+    assert report["summary"]["blank"]["products"] == 2 and report["models"][2]["notes"] == ["1 of 3 left out"]
+
+
+def shown_samples(folder, count):
+    """Products with none, one or two photos each, the longest in the middle."""
+    samples = []
+    for row in range(2, count + 2):
+        paths = [folder / f"{row}_{view}.png" for view in range(row % 3)]
+        for view, path in enumerate(paths):
+            noise_photo(row * 10 + view).save(path)
+        samples.append(Sample(row, f"p{row}", "box " * (row % 5), (9.0,), tuple(map(str, paths)), "s.xlsx"))
+    return samples
+
+
+def test_products_come_and_go_in_chunks(dense_policy, tmp_path, monkeypatch, bars):
+    samples = shown_samples(tmp_path, 13)
+    made, alive, good = [], [], (dense_policy.encode_prompt, dense_policy.photo_features, dense_policy.sample)
+
+    def watched(place):
+        def call(*args):
+            found = good[place](*args)
+            made.extend((place, weakref.ref(one)) for one in (found if place else [found]) if one is not None)
+            return found
+        return call
+
+    def sample(*args):
+        gc.collect()
+        alive.append([sum(kind == place and ref() is not None for kind, ref in made) for place in (0, 1)])
+        return good[2](*args)
+
+    for place, name in enumerate(("encode_prompt", "photo_features")):
+        monkeypatch.setattr(dense_policy, name, watched(place))
+    monkeypatch.setattr(dense_policy, "sample", sample)
+    with float64(dense_policy):
+        records, failures = evaluate(PromptEncoder(dense_policy), samples, 2, 1.0, 4, 0, 3)
+        monkeypatch.undo()
+        at_once, _ = evaluate(PromptEncoder(dense_policy), samples, 2, 1.0, 4, 0, 13)
+    assert not failures and [one.sample for one in records] == samples
+    assert [one.answers for one in records] == [one.answers for one in at_once]
+    assert len(alive) == 5 and sum(kind == 0 for kind, _ in made) == 13
+    assert max(prompts for prompts, _ in alive) <= 6 and max(features for _, features in alive) <= 3
+    assert bars[0].total == 13 and bars[0].shown == [0, 3, 6, 9, 12, 13]

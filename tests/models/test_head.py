@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.head import distribution, token_log_probs
+from models.head import Logits, distribution, token_log_probs
 
 NONE = torch.tensor([], dtype=torch.long)
 
@@ -104,3 +104,24 @@ def test_bfloat16_computes_in_bfloat16():
     assert rounded.dtype == grad.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.05
     assert 0 < (grad - exact_grad).abs().max() < 0.1
+
+
+def test_bfloat16_logits_are_not_rounded():
+    """Rounded operands, exact sums: logits of 20 and more rounded to bfloat16 would move log-probs by up to 0.07."""
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(64, 20000, bias=False), torch.randn(200, 64)
+    nn.init.normal_(head.weight, std=0.5)
+    logits = hidden.bfloat16().double() @ head.weight.detach().bfloat16().double().T
+    tokens = logits.argmax(1)
+    exact = logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        scored, _ = token_log_probs(head, hidden, tokens, 1.0, NONE)
+        drawn = distribution(Logits(head.weight, torch.bfloat16), hidden, 1.0, NONE)
+    assert (scored - exact).abs().max() < 1e-4
+    assert (drawn - logits.log_softmax(1)).abs().max() < 1e-3
+
+
+def test_a_gpu_is_asked_for_float32_sums():
+    weight, hidden = (torch.empty(rows, 6, dtype=torch.bfloat16, device="meta") for rows in (50, 8))
+    logits = Logits(weight, torch.bfloat16)(hidden)
+    assert logits.dtype == torch.float32 and logits.shape == (8, 50)

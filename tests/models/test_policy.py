@@ -13,6 +13,7 @@ from models.trainable import set_trainable, warn_without_gradient
 from rollout import draw_uniforms
 from rounding import float64
 from tiny import noise_photo, own_logits, sample, three_prompts, tiny_model
+from training.setup import hold_in
 
 
 def score_one_by_one(policy, prompt, answer, temperature):
@@ -228,6 +229,20 @@ def test_bfloat16_computes_in_bfloat16_and_trains_in_float32(tokenizer, image_pr
         other, _ = rounded.log_probs(prompts, generation.completions, generation.action_mask, 0.7)
     assert other.dtype == torch.float32
     assert 0 < (one - other).abs().mean() < 0.1
+
+
+def test_a_bfloat16_reference_computes_what_the_policy_does(policy):
+    """KL is 0 while nothing has moved, though one holds its weights in float32, the other in bfloat16."""
+    rounded = Policy(policy.model, policy.tokenizer, policy.image_processor, torch.bfloat16)
+    model = freeze(copy.deepcopy(policy.model))
+    hold_in(torch.bfloat16, model, policy.family.vision_modules(model))
+    reference = Policy(model, policy.tokenizer, policy.image_processor, torch.bfloat16)
+    prompts = three_prompts(policy)
+    generation = sample(rounded, prompts)
+    with torch.no_grad():
+        one, other = (each.log_probs(prompts, generation.completions, generation.action_mask, 0.7)[0]
+                      for each in (rounded, reference))
+    assert (one - other).abs().max() < 1e-5
 
 
 def test_weights_of_another_model_are_refused(dense_policy, tmp_path):

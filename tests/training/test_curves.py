@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_vlm_parallel as training
+from evidence.evaluation import Record
 from ground.errors import OptionError
 from ground.options import check_options
 from reward import score_answer
@@ -17,8 +19,8 @@ from rollout import Group
 from runs import train_options
 from sheets.samples import Sample
 from tiny import noise_photo
-from training.checkpoint import keep_best, read_best
-from training.curves import candidate_table, photo_strip, telling
+from training.checkpoint import is_better, read_best
+from training.curves import MEANINGS, candidate_table, photo_strip, telling
 from training.trained import options_of
 
 
@@ -42,6 +44,13 @@ def test_every_curve_says_what_it_means(finished):
     assert {"returns", "errors/largest", "held_out/within_10", "seconds/rollout"} <= set(scalars)
     mute = [tag for tag in scalars if not events.SummaryMetadata(tag).summary_description]
     assert not mute
+
+
+def test_curves_say_what_is_computed():
+    """As tests/test_loss.py works it out: what the first loss of a step is, and which tokens the clip holds back."""
+    total, clipped = (" ".join(MEANINGS[name].split()) for name in ("total_loss", "clip_fraction"))
+    assert "With loss_type grpo about 0" in total and "dapo and dr_grpo" in total and "mask_truncated" in total
+    assert "above its range and the advantage is positive" in clipped
 
 
 def test_candidates_are_shown_with_photos(finished):
@@ -97,32 +106,76 @@ def test_a_run_folder_explains_itself(finished, shop):
     assert facts["products"]["products"] + facts["held_out"]["products"] == 8
     assert facts["starts"][0]["from_step"] == 0 and facts["summary"]["done"]
     assert facts["summary"]["last_checkpoint"].endswith("step_000003")
-    assert facts["summary"]["best"] == read_best(options.output_dir)
+    best = read_best(options.output_dir)
+    assert facts["summary"]["best"] == {"step": best["step"], "mean_reward": best["mean_reward"]}
+    assert len(best["rewards"]) == facts["held_out"]["products"]
+    assert best["mean_reward"] == pytest.approx(np.mean(list(best["rewards"].values())))
     resumed = replace(options, resume="auto", max_steps=4)
     training.train(resumed)
     facts = json.loads((Path(options.output_dir) / "run.json").read_text())
     assert [start["from_step"] for start in facts["starts"]] == [0, 3]
 
 
+def give_rewards(monkeypatch, evaluations):
+    """Let each evaluation answer so many held-out products, and give every answer of each a reward."""
+    good, evaluations = training.evaluate, iter(evaluations)
+
+    def evaluate(*args, **more):
+        records, failures = good(*args, **more)
+        return [replace(record, parts=[replace(part, reward=reward) for part in record.parts])
+                for record, reward in zip(records, next(evaluations), strict=False) if reward is not None], failures
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+
+
 def test_the_best_weights_are_kept_and_a_run_that_stands_still_ends(shop, tmp_path, monkeypatch, said):
-    rewards = iter([0.9, 0.1, 0.3, 0.2, 0.3, 0.9, 0.2])  # before training, then after each step; twice
-    monkeypatch.setattr(training, "summarise", lambda records: {
-        "mean_reward": next(rewards), "success_rate": 0, "zero_rate": 0, "products": len(records)})
+    # before training, then after each step; twice
+    give_rewards(monkeypatch, [[reward] * 9 for reward in (0.9, 0.1, 0.3, 0.2, 0.3, 0.9, 0.2)])
     options = train_options(shop, tmp_path, eval_every=1, save_every=1, keep_last=0, max_steps=9, stop_after=2)
     final = training.train(options)
     assert final.name == "step_000004" and "no better held-out reward for 2 evaluations" in "".join(said)
-    assert read_best(options.output_dir) == {"step": 2, "mean_reward": 0.3}
+    best = read_best(options.output_dir)
+    assert (best["step"], best["mean_reward"]) == (2, 0.3) and set(best["rewards"].values()) == {0.3}
     best, second = (load_file(Path(options.output_dir) / name / "model.safetensors")
                     for name in ("best", "step_000002"))
     assert all((best[name] == second[name]).all() for name in best)
     assert options_of(str(Path(options.output_dir) / "best")).lr == options.lr
     training.train(replace(options, overwrite_output_dir=True, stop_after=0, max_steps=1))
-    assert read_best(options.output_dir) == {"step": 1, "mean_reward": 0.2}  # nothing is left of the earlier run
+    assert read_best(options.output_dir)["step"] == 1  # nothing is left of the earlier run
 
 
-def test_without_save_best_nothing_is_kept(shop, tmp_path):
+def test_the_best_is_chosen_on_products_that_both_evaluations_answered(shop, tmp_path, monkeypatch):
+    # Without the hard product, whose photo is lost, say, the mean is higher and the model no better.
+    give_rewards(monkeypatch, [[], [0.8, 0.2], [0.7, None], [0.7, 0.4], [None, 0.5], [0.9, 0.4]])
+    options = train_options(shop, tmp_path, eval_every=1, max_steps=5, save_every=9, eval_fraction=0.5)
+    kept = []
+    monkeypatch.setattr(training, "keep_best", lambda *args, good=training.keep_best: kept.append(args[2]) or
+                        good(*args))
+    training.train(options)
+    assert kept == [1, 3, 4]
+
+
+@pytest.mark.parametrize(("rewards", "earlier", "better"), [
+    ({"a": 0.5, "b": 0.4}, {"a": 0.4, "b": 0.4}, True), ({"a": 0.5, "b": 0.3}, {"a": 0.4, "b": 0.4}, False),
+    ({"a": 0.7}, {"a": 0.8, "b": 0.2}, False), ({"a": 0.5, "c": 0.0}, {"a": 0.4, "b": 0.9}, True),
+    ({"c": 0.1}, {"a": 0.9}, True),  # other products are held out now
+])
+def test_means_are_compared_over_the_same_products(rewards, earlier, better):
+    assert is_better(rewards, {"step": 1, "mean_reward": 0.5, "rewards": earlier}) is better
+    assert is_better(rewards, None) and is_better(rewards, {"step": 1, "mean_reward": 0.5})
+
+
+def test_without_save_best_nothing_is_kept_or_gathered(shop, tmp_path, monkeypatch):
     options = train_options(shop, tmp_path, save_best=False)
-    assert not keep_best(None, options, 5, 0.5) and read_best(options.output_dir) is None
+    gathered = []
+    monkeypatch.setattr(training, "whole_weights", lambda *args, **more: gathered.append(1))
+    record = Record(Sample(2, "p", "mug", (9.0,), (), "s.xlsx"), ["9"], [score_answer("9", (9.0,))])
+    for save_best, count in ((False, 0), (True, 1)):
+        run = SimpleNamespace(policy=None, processes=training.Processes(1, 1), learner=SimpleNamespace(sharded=True))
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "keep_best", lambda *args: None)
+            assert not training.keep_if_best(run, replace(options, save_best=save_best), 5, [record])
+        assert len(gathered) == count
     for changes in ({"save_best": False, "stop_after": 2}, {"stop_after": 2, "eval_every": 0}):
         with pytest.raises(OptionError, match="--stop_after"):
             check_options(replace(train_options(shop, tmp_path), **changes))

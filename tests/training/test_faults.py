@@ -230,17 +230,37 @@ def test_a_full_disk_costs_no_more_than_the_bad_batch(tmp_path, said, monkeypatc
 
 
 def test_bounds_warn(said):
-    options = TrainOptions(max_kl=0.5, min_entropy=0.1)
-    curves.warn_beyond_bounds({"kl_divergence": 0.5, "entropy": 0.1}, options, 1)
-    curves.warn_beyond_bounds({"failed_rollouts": 3}, options, 2)
-    assert not said
-    curves.warn_beyond_bounds({"kl_divergence": 0.51, "entropy": 0.09}, options, 3)
-    assert "step 3: KL 0.51 is above --max_kl 0.5" in said[0] and "--min_entropy 0.1" in said[1]
+    first = {}
+    bounds = curves.Bounds(TrainOptions(max_kl=0.5, min_entropy=0.1), first)
+    steps = [(0.25, 2.0), None, (0.75, 0.2), (0.8125, 0.19), (1.0, 0.1), (1.5, 0.0625), (0.5, 1.0), (1.75, 0.03)]
+    for step, found in enumerate(steps, start=1):
+        bounds.look({"failed_rollouts": 3} if found is None else dict(zip(("kl_divergence", "entropy"), found,
+                                                                          strict=True)), step)
+    assert first == {"kl_divergence": 0.25, "entropy": 2.0}
+    assert [(line.split()[2], line.split()[3]) for line in said] == [
+        ("4:", "KL"), ("4:", "entropy"),  # 0.5625 above, 9.5 % left; then twice and half as much
+        ("6:", "KL"), ("6:", "entropy"), ("8:", "entropy")]
+    assert "KL 0.812, 0.562 above the first step's (--max_kl)" in said[0]
+    assert "entropy 0.19, 9.5% of the first step's (--min_entropy)" in said[1]
 
 
-def test_bounds_are_looked_at_every_step(shop, tmp_path, said):
-    training.train(train_options(shop, tmp_path, eval_every=0, min_entropy=100.0))
-    assert "".join(said).count("below --min_entropy") == 3
+def test_a_policy_that_runs_away_or_collapses_is_told_of_unasked(said):
+    bounds = curves.Bounds(TrainOptions(), {})
+    for step, (kl, entropy) in enumerate([(0.0, 0.6), (0.3, 0.3), (1.1, 0.05)], start=1):
+        bounds.look({"kl_divergence": kl, "entropy": entropy}, step)
+    assert len(said) == 2 and all("step 3" in line for line in said)
+
+
+def test_bounds_are_counted_from_the_first_step_of_a_resumed_run_too(shop, tmp_path, said):
+    options = train_options(shop, tmp_path, eval_every=0, max_steps=1)
+    state = torch.load(training.train(options) / "trainer_state.pt", weights_only=True)
+    assert state["first"].keys() == {"kl_divergence", "entropy"}
+    path = tmp_path / "run" / "step_000001" / "trainer_state.pt"
+    torch.save(state | {"first": {"kl_divergence": -9.0, "entropy": 1e6}}, path)
+    checkpoint.write_checksums(path.parent)
+    training.train(replace(options, resume="auto", max_steps=3))
+    assert sum("step 2: KL" in line or "step 2: entropy" in line for line in said) == 2
+    assert not any("step 3: KL" in line or "step 3: entropy" in line for line in said)
 
 
 def out_of_memory_above(products, monkeypatch):
