@@ -154,7 +154,10 @@ class LossOptions:
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = option(
         "grpo", "grpo: mean over the tokens of an answer, then over answers; dapo: mean over all tokens; dr_grpo: sum "
                 "over tokens divided by answers x max_length")
-    scale_advantages: bool = option(True, "divide a group's advantages by its standard deviation")
+    scale_advantages: Literal["group", "batch", "none"] = option(
+        "group", "what a group's advantages are divided by: group: its standard deviation; batch: that of all rewards "
+                 "of the step, for when groups of little spread are mostly noise; none: nothing, for when a group "
+                 "shall count by its spread")
     std_floor: float = option(
         0.0, "lower bound for that standard deviation, against noise blown up to full size", within="[0, inf)")
     mask_truncated: bool = option(False, "leave answers that hit max_length without a stop token out of the loss")

@@ -23,11 +23,14 @@ def masked_mean(values: Tensor, mask: Tensor | None, dim: int | None = None) -> 
     return kept.sum(dim) / mask.sum(dim).clamp(min=1)
 
 
-def group_advantages(rewards: Tensor, eps: float = 1e-8, std_floor: float = 0.0, scale: bool = True) -> Tensor:
+def group_advantages(rewards: Tensor, eps: float = 1e-8, std_floor: float = 0.0, scale: str = "group",
+                     batch_rewards: Tensor | None = None) -> Tensor:
     """Turn one group's rewards (G,) into advantages (G,): (r - mean) / (max(std, std_floor) + eps).
 
-    The standard deviation is the sample's (G - 1), as in the usual trainers; scale=False only subtracts the mean
-    (Dr. GRPO). A group of one gets 0, and so does a group without spread. DeepSeekMath, arXiv 2402.03300, eq. 21.
+    The standard deviation is the sample's (G - 1), as in the usual trainers. A group of one gets 0, and so does a group
+    without spread. scale "group": the mean and deviation are the group's (DeepSeekMath, arXiv 2402.03300, eq. 21);
+    "batch": the mean is the group's, the deviation that of batch_rewards (arXiv 2508.08221); "none": the
+    mean is only subtracted (Dr. GRPO, arXiv 2503.20783).
     """
     rewards = rewards.float()
     centred = rewards - rewards.mean()
@@ -35,7 +38,10 @@ def group_advantages(rewards: Tensor, eps: float = 1e-8, std_floor: float = 0.0,
         return torch.zeros_like(rewards)
     if rewards.max() == rewards.min():  # rounding of the mean must not be blown up by 1 / eps
         return torch.zeros_like(rewards)
-    return centred / (rewards.std().clamp(min=std_floor) + eps) if scale else centred
+    if scale == "none":
+        return centred
+    spread = (batch_rewards if scale == "batch" else rewards).float().std()
+    return centred / (spread.clamp(min=std_floor) + eps)
 
 
 def approx_kl_divergence(log_probs: Tensor, log_probs_ref: Tensor, action_mask: Tensor | None = None) -> Tensor:

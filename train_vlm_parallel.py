@@ -272,9 +272,13 @@ def take_up(run: Run, options: TrainOptions, resume_from: Path) -> None:
 def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> ReplayBuffer:
     """Turn groups into experiences: advantages within each group, log-probs under the reference policy."""
     buffer = ReplayBuffer()
+    step_rewards = [reward for group in groups for reward in group.rewards]
+    if options.scale_advantages == "batch":
+        step_rewards = [reward for share in run.processes.gather(step_rewards) for reward in share]
     for group in groups:
         rewards = torch.tensor(group.rewards, device=run.policy.device)  # (G,)
-        advantages = group_advantages(rewards, std_floor=options.std_floor, scale=options.scale_advantages)
+        advantages = group_advantages(rewards, std_floor=options.std_floor, scale=options.scale_advantages,
+                                      batch_rewards=torch.tensor(step_rewards, device=rewards.device))
         buffer.append(Experience(
             group.completions, group.action_mask, group.old_log_probs, None, rewards, advantages, group.truncated,
             (group.prompt,), None if options.train_vision else (group.features,),

@@ -299,6 +299,8 @@ def write_options(options: TrainOptions, path: Path) -> None:
 def read_options(path: Path) -> TrainOptions:
     """Read options that write_options wrote; unknown names (of another version) raise OptionError."""
     plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if isinstance(plain.get("scale_advantages"), bool):  # of a version that knew two of the three ways
+        plain["scale_advantages"] = "group" if plain["scale_advantages"] else "none"
     known = {item.name for item in fields(TrainOptions)}
     unknown = sorted(set(plain) - known)
     if unknown:

@@ -55,6 +55,7 @@ def test_flags_and_pairs(sheet):
     (["--lr", "nan"], "--lr:"),
     (["--lr", "0"], "--lr 0.0: must be above 0"),
     (["--lr_scheduler", "step"], "constant"),
+    (["--scale_advantages", "true"], "batch"),
     (["--temperature", "0"], "--temperature 0.0: must be above 0"),
     (["--clip_eps", "1.5"], "--clip_eps"),
     (["--adam_betas", "0.9", "1"], "--adam_betas"),

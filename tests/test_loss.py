@@ -38,9 +38,20 @@ def test_group_advantages():
     assert group_advantages(rewards).tolist() == pytest.approx(expected, rel=1e-5)
     assert group_advantages(rewards, std_floor=0.6).tolist() == pytest.approx([-0.5, -1 / 6, 1 / 6, 0.5], rel=1e-5)
     assert group_advantages(rewards, std_floor=0.1).tolist() == pytest.approx(expected, rel=1e-5)
-    assert group_advantages(rewards, scale=False).tolist() == pytest.approx([-0.3, -0.1, 0.1, 0.3], rel=1e-5)
+    assert group_advantages(rewards, scale="none").tolist() == pytest.approx([-0.3, -0.1, 0.1, 0.3], rel=1e-5)
     assert group_advantages(rewards, eps=1.0).tolist() == pytest.approx([x * std / (std + 1) for x in expected],
                                                                         rel=1e-5)
+
+
+def test_advantages_over_the_spread_of_the_batch():
+    # 0, 0.2, 0.4 and 1: mean 0.4, squares 0.16, 0.04, 0, 0.36, sample variance 0.56 / 3. The group's mean is 0.1.
+    rewards, batch, std = torch.tensor([0.0, 0.2]), torch.tensor([0.0, 0.2, 0.4, 1.0]), math.sqrt(0.56 / 3)
+    found = group_advantages(rewards, scale="batch", batch_rewards=batch)
+    assert found.tolist() == pytest.approx([-0.1 / std, 0.1 / std], rel=1e-5)
+    floored = group_advantages(rewards, std_floor=0.5, scale="batch", batch_rewards=batch)
+    assert floored.tolist() == pytest.approx([-0.2, 0.2], rel=1e-5)
+    assert group_advantages(rewards[:1], scale="batch", batch_rewards=batch).tolist() == [0.0]
+    assert group_advantages(torch.tensor([0.7] * 12), scale="batch", batch_rewards=batch).tolist() == [0.0] * 12
 
 
 def test_groups_without_spread_get_zero():

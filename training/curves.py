@@ -185,9 +185,10 @@ def log_held_out(writer: Curves, encoder: PromptEncoder, held_out: Sequence[Samp
     groups, _ = rollout_groups(encoder, held_out[:HELD_OUT_SHOWN], options.group_size, options.temperature,
                                options.max_length, f"shown/{options.seed}", options.rollout_batch_size)
     scorer.rescore(groups)
+    shown_rewards = torch.tensor([reward for group in groups for reward in group.rewards])
     for number, group in enumerate(groups, start=1):
         advantages = group_advantages(torch.tensor(group.rewards), std_floor=options.std_floor,
-                                      scale=options.scale_advantages)
+                                      scale=options.scale_advantages, batch_rewards=shown_rewards)
         log_candidates(writer, f"held out/product {number}", group, advantages.tolist(), step)
 
 

@@ -1,0 +1,101 @@
+"""What learning may need: off by default to the bit, each option reaching what it names, processes and resumed runs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import train_vlm_parallel as training
+import update
+from ground.options import read_options
+from loss import LOG_RATIO_LIMIT, LossTerms, VLM_GRPOLoss, approx_kl_divergence, masked_mean
+from models.processes import Processes
+from runs import train_options, weights
+
+
+@pytest.fixture
+def options(shop, tmp_path):
+    """Options of a run of 20 steps, some of whose minibatches are off-policy; an answer earns by its length."""
+    (tmp_path / "mine.py").write_text("def length(answer, label, sample):\n    return len(answer) / 40\n")
+    return train_options(shop, tmp_path, reward=[f"{tmp_path}/mine.py:length"], max_steps=20, save_every=20,
+                         eval_every=0, minibatch_size=2, epochs=2, preflight=False, show_every=0)
+
+
+def trained(options, name, **changes):
+    """The weights after a run."""
+    return weights(training.train(replace(options, output_dir=f"{options.output_dir}/{name}", **changes)))
+
+
+def equal(one, other):
+    """Whether two models are the same to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class PlainGRPO(VLM_GRPOLoss):
+    """The clipped loss with its KL term and nothing else."""
+
+    def terms(self, log_probs, experience, entropy=None):
+        mask, advantages = experience.action_mask, experience.advantages.reshape(-1, 1)
+        log_probs, old = (torch.where(mask, each, 0.0) for each in (log_probs, experience.old_log_probs))
+        ratio = (log_probs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        clipped = ratio.clamp(1 - self.clip_eps, 1 + self.clip_eps)
+        kl = approx_kl_divergence(log_probs, experience.ref_log_probs, mask)
+        per_token = -torch.min(ratio * advantages, clipped * advantages) + self.kl_weight * kl
+        loss = masked_mean(masked_mean(per_token, mask, dim=1), mask.any(1))
+        zero = torch.zeros(())
+        return LossTerms(loss, masked_mean(kl, mask), zero, zero, zero)
+
+
+def plain_advantages(rewards, **_):
+    """Deviations from the group's mean in its standard deviations."""
+    if rewards.max() == rewards.min():
+        return torch.zeros_like(rewards)
+    return (rewards - rewards.mean()) / (rewards.std() + 1e-8)
+
+
+def plain_adam(parameters, options):
+    """AdamW as torch makes it."""
+    return torch.optim.AdamW(nn.ParameterList(parameters).parameters(), lr=options.lr, weight_decay=0.0)
+
+
+def test_the_defaults_are_plain_grpo_to_the_bit(options, monkeypatch):
+    ours = trained(options, "ours")
+    monkeypatch.setattr(update, "VLM_GRPOLoss", PlainGRPO)
+    monkeypatch.setattr(update, "make_optimizer", plain_adam)
+    monkeypatch.setattr(training, "group_advantages", plain_advantages)
+    assert equal(ours, trained(options, "plain"))
+
+
+CHANGES = [{"scale_advantages": "batch"}, {"scale_advantages": "none"}]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_every_option_reaches_the_weights(options, changes):
+    short = replace(options, max_steps=2, save_every=2)
+    assert not equal(trained(short, "plain"), trained(short, "changed", **changes))
+
+
+class Others(Processes):
+    """A run of two processes, the other of which sampled one group."""
+
+    def gather(self, thing):
+        return [thing, [10.0, 20.0]]
+
+
+def test_the_batch_whose_spread_counts_is_that_of_all_processes(options):
+    options = replace(options, scale_advantages="batch", kl_weight=0.0)
+    run = training.prepare(options, training.Processes())
+    groups, _ = training.rollout_groups(run.encoder, run.products[:3], 4, 1.0, 8, "0/0", 3)
+    run.scorer.rescore(groups)
+    rewards = [group.rewards for group in groups]
+    run.learner.processes = Others()
+    spread = torch.tensor([*sum(rewards, []), 10.0, 20.0]).std()
+    for item, own in zip(training.fill_buffer(groups, run, options).items, torch.tensor(rewards), strict=True):
+        assert torch.allclose(item.advantages, (own - own.mean()) / (spread + 1e-8), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("written", "read"), [("true", "group"), ("false", "none"), ("batch", "batch")])
+def test_checkpoints_that_knew_two_ways_of_scaling_are_read(tmp_path, written, read):
+    (tmp_path / "options.yaml").write_text(f"scale_advantages: {written}\n")
+    assert read_options(tmp_path / "options.yaml").scale_advantages == read
