@@ -151,6 +151,10 @@ class LossOptions:
         0.01, "weight of the KL term towards the reference policy; 0 leaves it out of the loss", within="[0, inf)")
     clip_eps: float = option(0.2, "the ratio is clipped to [1 - clip_eps, 1 + clip_eps]", within="(0, 1)")
     clip_eps_high: float | None = option(None, "another upper clip: 1 + clip_eps_high (clip-higher)", within="(0, inf)")
+    ratio_level: Literal["token", "sequence"] = option(
+        "token", "what has a ratio of its own: token, or sequence: an answer, the geometric mean of its tokens' ratios "
+                 "(GSPO), for when single tokens clip wildly: long answers, several minibatches or epochs, models of "
+                 "experts; such ratios lie close to 1, so take a clip_eps of about 0.0004")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = option(
         "grpo", "grpo: mean over the tokens of an answer, then over answers; dapo: mean over all tokens; dr_grpo: sum "
                 "over tokens divided by answers x max_length")

@@ -73,13 +73,17 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
     Per token: -min(ratio * A, clip(ratio, 1 - clip_eps, 1 + clip_eps_high) * A) + kl_weight * kl, then
     loss_type "grpo": masked mean over an answer's tokens, mean over answers (arXiv 2402.03300);
     "dapo": mean over all tokens (arXiv 2503.14476); "dr_grpo": sum / (answers * max_length) (arXiv 2503.20783).
+    ratio_level "token": ratio = pi / pi_old of each token; "sequence": of each token the geometric mean over its answer
+    (GSPO, arXiv 2507.18071, eq. 5 and 7).
     """
 
     def __init__(self, clip_eps: float, kl_weight: float, clip_eps_high: float | None = None, loss_type: str = "grpo",
-                 max_length: int | None = None, mask_truncated: bool = False):
+                 max_length: int | None = None, mask_truncated: bool = False, ratio_level: str = "token"):
         super().__init__()
         if loss_type not in ("grpo", "dapo", "dr_grpo"):
             raise ValueError(f"loss_type {loss_type!r}: take grpo, dapo or dr_grpo")
+        if ratio_level not in ("token", "sequence"):
+            raise ValueError(f"ratio_level {ratio_level!r}: take token or sequence")
         if loss_type == "dr_grpo" and not max_length:
             raise ValueError("loss_type dr_grpo divides by max_length: give it")
         self.clip_eps = clip_eps
@@ -88,6 +92,7 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
         self.loss_type = loss_type
         self.max_length = max_length
         self.mask_truncated = mask_truncated
+        self.ratio_level = ratio_level
 
     def mask(self, experience: Experience) -> Tensor:
         """The tokens that count, (N, T) bool: the action mask, without truncated answers if they are left out."""
@@ -99,6 +104,14 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
         """What the loss is a mean over: answers, or tokens for dapo. Weighs micro-batches of one minibatch."""
         mask = self.mask(experience)
         return mask.sum() if self.loss_type == "dapo" else mask.any(1).sum()
+
+    def ratio(self, log_probs: Tensor, experience: Experience) -> Tensor:
+        """The importance ratio of each token, or of its whole answer, (N, T); 1 or the answer's where masked."""
+        mask = self.mask(experience)
+        log_ratio = torch.where(mask, log_probs.float() - experience.old_log_probs.float(), 0.0)  # (N, T)
+        if self.ratio_level == "sequence":
+            log_ratio = masked_mean(log_ratio, mask, dim=1)[:, None].expand_as(log_ratio)
+        return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
     def forward(self, log_probs: Tensor, experience: Experience) -> tuple[Tensor, Tensor]:
         """Return (loss, mean kl over real tokens), the kl 0 without ref_log_probs. log_probs: (N, T) with gradient."""
@@ -113,10 +126,9 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
         """
         mask = self.mask(experience)
         log_probs = torch.where(mask, log_probs.float(), 0.0)
-        old_log_probs = torch.where(mask, experience.old_log_probs.float(), 0.0)
         advantages = experience.advantages.float().reshape(-1, 1)  # (N, 1)
 
-        ratio = (log_probs - old_log_probs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()  # (N, T)
+        ratio = self.ratio(log_probs, experience)  # (N, T)
         clipped = ratio.clamp(1 - self.clip_eps, 1 + self.clip_eps_high)
         per_token = -torch.min(ratio * advantages, clipped * advantages)  # (N, T)
         mean_kl = log_probs.new_zeros(())

@@ -101,6 +101,34 @@ def test_upper_clip_of_its_own():
     assert float(loss) == pytest.approx(((-2.8 - 1.0) / 2 + 0.8) / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize(("loss_type", "expected"), [
+    # Of the first answer's ratios 1.5 and 0.5 the geometric mean, sqrt(0.75) = 0.866, times A = 2, is not clipped below
+    # for A > 0; the second answer's 0.5 is its only token's, clipped to 0.8 for A = -1.
+    ("grpo", (-2 * math.sqrt(0.75) + 0.8) / 2), ("dapo", (2 * -2 * math.sqrt(0.75) + 0.8) / 3),
+    ("dr_grpo", (2 * -2 * math.sqrt(0.75) + 0.8) / 2 / 10)])
+def test_a_ratio_an_answer(loss_type, expected):
+    objective = VLM_GRPOLoss(0.2, 0.0, loss_type=loss_type, max_length=10, ratio_level="sequence")
+    new = torch.tensor(NEW, requires_grad=True)
+    terms = objective.terms(new, experience(OLD, ADVANTAGES, MASK))
+    assert float(terms.total_loss.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(terms.ratio) == pytest.approx((2 * math.sqrt(0.75) + 0.5) / 3, rel=1e-5)
+    assert float(terms.clip_fraction) == pytest.approx(1 / 3)  # one token of three, in an answer of its own
+    terms.total_loss.backward()
+    if loss_type == "grpo":  # d/d log pi of -2 s, s the mean ratio: -2 s / 2 a token; over two answers
+        assert new.grad[0].tolist() == pytest.approx([-math.sqrt(0.75) / 2, -math.sqrt(0.75) / 2, 0], rel=1e-5)
+    assert not new.grad[1].any()  # clipped
+
+
+def test_a_ratio_an_answer_ignores_what_lies_behind_it():
+    dirty = [[*NEW[0][:2], float("nan")], [NEW[1][0], 99.0, -1e9]]
+    objective = VLM_GRPOLoss(0.2, 0.0, ratio_level="sequence")
+    new = torch.tensor(dirty, requires_grad=True)
+    loss, _ = objective(new, experience(OLD, ADVANTAGES, MASK))
+    assert float(loss.detach()) == pytest.approx((-2 * math.sqrt(0.75) + 0.8) / 2, rel=1e-5)
+    loss.backward()
+    assert torch.isfinite(new.grad).all()
+
+
 def test_kl_term_and_its_mean_over_real_tokens():
     ref = [[LOG(0.6), LOG(0.2), 9.0], [LOG(0.1), 9.0, 9.0]]  # ref / new = 2, 1, 1/2
     kls = [1 - LOG(2), 0.0, LOG(2) - 0.5]
@@ -197,3 +225,5 @@ def test_wrong_settings_are_refused():
         VLM_GRPOLoss(0.2, 0.0, loss_type="ppo")
     with pytest.raises(ValueError, match="max_length"):
         VLM_GRPOLoss(0.2, 0.0, loss_type="dr_grpo")
+    with pytest.raises(ValueError, match="token or sequence"):
+        VLM_GRPOLoss(0.2, 0.0, ratio_level="word")
