@@ -151,6 +151,10 @@ class LossOptions:
         0.01, "weight of the KL term towards the reference policy; 0 leaves it out of the loss", within="[0, inf)")
     clip_eps: float = option(0.2, "the ratio is clipped to [1 - clip_eps, 1 + clip_eps]", within="(0, 1)")
     clip_eps_high: float | None = option(None, "another upper clip: 1 + clip_eps_high (clip-higher)", within="(0, inf)")
+    clip_ratio_c: float | None = option(
+        None, "dual clip: a token of an answer worse than its group's mean costs so many times its advantage at most, "
+              "however far its ratio has risen; for when grad_norm jumps late in a step of several minibatches or "
+              "epochs; 3 is usual; default: no such bound", within="(1, inf)")
     ratio_level: Literal["token", "sequence"] = option(
         "token", "what has a ratio of its own: token, or sequence: an answer, the geometric mean of its tokens' ratios "
                  "(GSPO), for when single tokens clip wildly: long answers, several minibatches or epochs, models of "

@@ -3,6 +3,7 @@
 Shapes: N answers (all groups of a batch), T completion tokens, G candidates of one product.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -74,11 +75,13 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
     loss_type "grpo": masked mean over an answer's tokens, mean over answers (arXiv 2402.03300);
     "dapo": mean over all tokens (arXiv 2503.14476); "dr_grpo": sum / (answers * max_length) (arXiv 2503.20783).
     ratio_level "token": ratio = pi / pi_old of each token; "sequence": of each token the geometric mean over its answer
-    (GSPO, arXiv 2507.18071, eq. 5 and 7).
+    (GSPO, arXiv 2507.18071, eq. 5 and 7). clip_ratio_c: for A < 0 a token costs -c * A at most, without which a large
+    ratio makes its loss boundless (dual clip, arXiv 1912.09729); None sets no such bound.
     """
 
     def __init__(self, clip_eps: float, kl_weight: float, clip_eps_high: float | None = None, loss_type: str = "grpo",
-                 max_length: int | None = None, mask_truncated: bool = False, ratio_level: str = "token"):
+                 max_length: int | None = None, mask_truncated: bool = False, ratio_level: str = "token",
+                 clip_ratio_c: float | None = None):
         super().__init__()
         if loss_type not in ("grpo", "dapo", "dr_grpo"):
             raise ValueError(f"loss_type {loss_type!r}: take grpo, dapo or dr_grpo")
@@ -93,6 +96,7 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
         self.max_length = max_length
         self.mask_truncated = mask_truncated
         self.ratio_level = ratio_level
+        self.clip_ratio_c = math.inf if clip_ratio_c is None else clip_ratio_c
 
     def mask(self, experience: Experience) -> Tensor:
         """The tokens that count, (N, T) bool: the action mask, without truncated answers if they are left out."""
@@ -130,7 +134,11 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
 
         ratio = self.ratio(log_probs, experience)  # (N, T)
         clipped = ratio.clamp(1 - self.clip_eps, 1 + self.clip_eps_high)
-        per_token = -torch.min(ratio * advantages, clipped * advantages)  # (N, T)
+        surrogate = torch.min(ratio * advantages, clipped * advantages)  # (N, T)
+        if self.clip_ratio_c < math.inf:
+            floor = self.clip_ratio_c * advantages
+            surrogate = torch.where(advantages < 0, torch.max(surrogate, floor), surrogate)
+        per_token = -surrogate
         mean_kl = log_probs.new_zeros(())
         if experience.ref_log_probs is not None:
             kl = approx_kl_divergence(log_probs, experience.ref_log_probs, mask)  # (N, T)
@@ -138,7 +146,7 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
             mean_kl = masked_mean(kl, mask)
         with torch.no_grad():
             bound = ((ratio > 1 + self.clip_eps_high) & (advantages > 0)) | \
-                    ((ratio < 1 - self.clip_eps) & (advantages < 0))
+                    (((ratio < 1 - self.clip_eps) | (ratio > self.clip_ratio_c)) & (advantages < 0))
             means = [masked_mean(values, mask)
                      for values in (ratio, bound.float(), -log_probs if entropy is None else entropy)]
         return LossTerms(self._mean(per_token, mask), mean_kl, *means)

@@ -48,7 +48,8 @@ def make_learner(policy: Policy, parameters: list[nn.Parameter], options: TrainO
                  processes: Processes | None = None, idle: Experience | None = None) -> Learner:
     """Put together what an update needs, as the options say. processes: all of the run; None: this one alone."""
     objective = VLM_GRPOLoss(options.clip_eps, options.kl_weight, options.clip_eps_high, options.loss_type,
-                             options.max_length, options.mask_truncated, options.ratio_level)
+                             options.max_length, options.mask_truncated, ratio_level=options.ratio_level,
+                             clip_ratio_c=options.clip_ratio_c)
     return Learner(policy, parameters, make_optimizer(parameters, options), objective, processes or Processes(),
                    options.micro_batch_size or options.minibatch_size or options.batch_size, idle)
 

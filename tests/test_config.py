@@ -56,6 +56,7 @@ def test_flags_and_pairs(sheet):
     (["--lr", "0"], "--lr 0.0: must be above 0"),
     (["--lr_scheduler", "step"], "constant"),
     (["--scale_advantages", "true"], "batch"),
+    (["--clip_ratio_c", "1"], "--clip_ratio_c 1.0: must be in (1, inf)"),
     (["--temperature", "0"], "--temperature 0.0: must be above 0"),
     (["--clip_eps", "1.5"], "--clip_eps"),
     (["--adam_betas", "0.9", "1"], "--adam_betas"),

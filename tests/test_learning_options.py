@@ -67,7 +67,8 @@ def test_the_defaults_are_plain_grpo_to_the_bit(options, monkeypatch):
     assert equal(ours, trained(options, "plain"))
 
 
-CHANGES = [{"scale_advantages": "batch"}, {"scale_advantages": "none"}, {"ratio_level": "sequence"}]
+CHANGES = [{"scale_advantages": "batch"}, {"scale_advantages": "none"}, {"ratio_level": "sequence"},
+           {"clip_ratio_c": 1.01}]
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)

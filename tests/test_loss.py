@@ -119,6 +119,22 @@ def test_a_ratio_an_answer(loss_type, expected):
     assert not new.grad[1].any()  # clipped
 
 
+def test_dual_clip_bounds_what_a_bad_answer_costs():
+    # Ratios 5, 2 and 0.5. For A = -2: min(5 * -2, 1.2 * -2) = -10, bounded by 3 * -2; min(2 * -2, -2.4) = -4; the last
+    # is clipped to 0.8 * -2. For A = 2 nothing changes: 1.2 * 2, 1.2 * 2, 0.5 * 2.
+    old, new = [[LOG(0.1), LOG(0.2), LOG(0.4)]] * 2, [[LOG(0.5), LOG(0.4), LOG(0.2)]] * 2
+    group = experience(old, [-2.0, 2.0], [[True] * 3] * 2)
+    tensor = torch.tensor(new, requires_grad=True)
+    terms = VLM_GRPOLoss(0.2, 0.0, clip_ratio_c=3.0).terms(tensor, group)
+    assert float(terms.total_loss.detach()) == pytest.approx(((6 + 4 + 1.6) / 3 - (2.4 + 2.4 + 1) / 3) / 2, rel=1e-5)
+    assert float(terms.clip_fraction) == pytest.approx((2 + 2) / 6)
+    terms.total_loss.backward()  # of the first token nothing, of the second 2 * 2 / 3 tokens / 2 answers
+    assert tensor.grad[0].tolist() == pytest.approx([0, 4 / 6, 0], rel=1e-5)
+    plain = VLM_GRPOLoss(0.2, 0.0).terms(torch.tensor(new), group)
+    assert float(plain.total_loss) == pytest.approx(((10 + 4 + 1.6) / 3 - (2.4 + 2.4 + 1) / 3) / 2, rel=1e-5)
+    assert float(plain.clip_fraction) == pytest.approx((1 + 2) / 6)
+
+
 def test_a_ratio_an_answer_ignores_what_lies_behind_it():
     dirty = [[*NEW[0][:2], float("nan")], [NEW[1][0], 99.0, -1e9]]
     objective = VLM_GRPOLoss(0.2, 0.0, ratio_level="sequence")
