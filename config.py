@@ -159,6 +159,10 @@ class LossOptions:
         "token", "what has a ratio of its own: token, or sequence: an answer, the geometric mean of its tokens' ratios "
                  "(GSPO), for when single tokens clip wildly: long answers, several minibatches or epochs, models of "
                  "experts; such ratios lie close to 1, so take a clip_eps of about 0.0004")
+    entropy_weight: float = option(
+        0.0, "weight of the tokens' entropy, a reward of its own; for when entropy falls towards 0 while rewards are "
+             "still low, so that the answers of a group are all alike; begin with 0.001: too much of it makes babble",
+        within="[0, inf)")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = option(
         "grpo", "grpo: mean over the tokens of an answer, then over answers; dapo: mean over all tokens; dr_grpo: sum "
                 "over tokens divided by answers x max_length")

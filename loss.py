@@ -71,17 +71,19 @@ class LossTerms:
 class VLM_GRPOLoss(nn.Module):  # the public name of the loss
     """Clipped policy-gradient loss with a KL term towards the reference policy.
 
-    Per token: -min(ratio * A, clip(ratio, 1 - clip_eps, 1 + clip_eps_high) * A) + kl_weight * kl, then
-    loss_type "grpo": masked mean over an answer's tokens, mean over answers (arXiv 2402.03300);
-    "dapo": mean over all tokens (arXiv 2503.14476); "dr_grpo": sum / (answers * max_length) (arXiv 2503.20783).
+    Per token: -min(ratio * A, clip(ratio, 1 - clip_eps, 1 + clip_eps_high) * A) + kl_weight * kl
+    - entropy_weight * entropy, then loss_type "grpo": masked mean over an answer's tokens, mean over answers
+    (arXiv 2402.03300); "dapo": mean over all tokens (arXiv 2503.14476); "dr_grpo": sum / (answers * max_length)
+    (arXiv 2503.20783).
     ratio_level "token": ratio = pi / pi_old of each token; "sequence": of each token the geometric mean over its answer
-    (GSPO, arXiv 2507.18071, eq. 5 and 7). clip_ratio_c: for A < 0 a token costs -c * A at most, without which a large
-    ratio makes its loss boundless (dual clip, arXiv 1912.09729); None sets no such bound.
+    (GSPO, arXiv 2507.18071, eq. 5 and 7).
+    clip_ratio_c: for A < 0 the first term is -clip_ratio_c * A at most, which else grows with the ratio without bound
+    (dual clip, arXiv 1912.09729); None: no such bound.
     """
 
     def __init__(self, clip_eps: float, kl_weight: float, clip_eps_high: float | None = None, loss_type: str = "grpo",
                  max_length: int | None = None, mask_truncated: bool = False, ratio_level: str = "token",
-                 clip_ratio_c: float | None = None):
+                 clip_ratio_c: float | None = None, entropy_weight: float = 0.0):
         super().__init__()
         if loss_type not in ("grpo", "dapo", "dr_grpo"):
             raise ValueError(f"loss_type {loss_type!r}: take grpo, dapo or dr_grpo")
@@ -97,6 +99,7 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
         self.mask_truncated = mask_truncated
         self.ratio_level = ratio_level
         self.clip_ratio_c = math.inf if clip_ratio_c is None else clip_ratio_c
+        self.entropy_weight = entropy_weight
 
     def mask(self, experience: Experience) -> Tensor:
         """The tokens that count, (N, T) bool: the action mask, without truncated answers if they are left out."""
@@ -125,9 +128,11 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
     def terms(self, log_probs: Tensor, experience: Experience, entropy: Tensor | None = None) -> LossTerms:
         """Return the loss with what it is made of.
 
-        log_probs: (N, T) with gradient. entropy: (N, T), only averaged; without it -log_probs stands in, which has
-        the same mean for tokens that the policy sampled.
+        log_probs: (N, T) with gradient. entropy: (N, T), with gradient where entropy_weight is not 0, and then not
+        to be left out; else only averaged, and -log_probs stands in, of the same mean for tokens the policy sampled.
         """
+        if self.entropy_weight and entropy is None:
+            raise ValueError("entropy_weight needs the entropy of each token: give it")
         mask = self.mask(experience)
         log_probs = torch.where(mask, log_probs.float(), 0.0)
         advantages = experience.advantages.float().reshape(-1, 1)  # (N, 1)
@@ -144,6 +149,8 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
             kl = approx_kl_divergence(log_probs, experience.ref_log_probs, mask)  # (N, T)
             per_token = per_token + self.kl_weight * kl
             mean_kl = masked_mean(kl, mask)
+        if self.entropy_weight:
+            per_token = per_token - self.entropy_weight * entropy
         with torch.no_grad():
             bound = ((ratio > 1 + self.clip_eps_high) & (advantages > 0)) | \
                     (((ratio < 1 - self.clip_eps) | (ratio > self.clip_ratio_c)) & (advantages < 0))

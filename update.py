@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from config import TrainOptions
 from ground.files import disk_errors
-from loss import VLM_GRPOLoss
+from loss import VLM_GRPOLoss, masked_mean
 from models.family import ModelError, Prompt
 from models.policy import Policy
 from models.processes import Processes
@@ -49,7 +49,7 @@ def make_learner(policy: Policy, parameters: list[nn.Parameter], options: TrainO
     """Put together what an update needs, as the options say. processes: all of the run; None: this one alone."""
     objective = VLM_GRPOLoss(options.clip_eps, options.kl_weight, options.clip_eps_high, options.loss_type,
                              options.max_length, options.mask_truncated, ratio_level=options.ratio_level,
-                             clip_ratio_c=options.clip_ratio_c)
+                             clip_ratio_c=options.clip_ratio_c, entropy_weight=options.entropy_weight)
     return Learner(policy, parameters, make_optimizer(parameters, options), objective, processes or Processes(),
                    options.micro_batch_size or options.minibatch_size or options.batch_size, idle)
 
@@ -123,7 +123,8 @@ def rescore(learner: Learner, items: Sequence[Experience], options: TrainOptions
                                           device=learner.policy.device))
     ratio, gap = torch.zeros(2, device=learner.policy.device)
     for item, log_probs in log_probs_under(learner.policy, items, learner.micro_batch_size, options.temperature):
-        ratio += objective.terms(log_probs, item).ratio * (objective.mask(item).sum() / tokens.clamp(min=1))
+        mask = objective.mask(item)
+        ratio += masked_mean(objective.ratio(log_probs, item), mask) * (mask.sum() / tokens.clamp(min=1))
         gap = torch.maximum(gap, (log_probs - item.old_log_probs).abs().max())
         item.old_log_probs = log_probs
     found = {"first_ratio": float(processes.total(ratio)), "log_prob_gap": processes.most(float(gap))}
@@ -210,8 +211,9 @@ def accumulate(learner: Learner, minibatch: Sequence[Experience], options: Train
             (0.0 * log_probs.sum()).backward()
             continue
         gap = torch.maximum(gap, (log_probs.detach() - batch.old_log_probs).abs().max())
-        share = objective.mask(batch).sum() / tokens
-        sums["first_ratio"] += objective.terms(log_probs.detach(), batch).ratio * share
+        mask = objective.mask(batch)
+        share = mask.sum() / tokens
+        sums["first_ratio"] += masked_mean(objective.ratio(log_probs.detach(), batch), mask) * share
         if on_policy and policy.dtype != torch.float32:
             batch.old_log_probs = log_probs.detach()
         terms = objective.terms(log_probs, batch, entropy)

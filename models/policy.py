@@ -217,7 +217,7 @@ class Policy:
     def log_probs(self, prompts: Sequence[Prompt], completions: Tensor, action_mask: Tensor, temperature: float,
                   features: Sequence[Tensor | None] | None = None, exact_path: bool | None = None,
                   with_entropy: bool = True) -> tuple[Tensor, Tensor]:
-        """Take answers' log-probs: of the tokens taken, and the entropy at each token without gradient.
+        """Take answers' log-probs: of the tokens taken, and the entropy at each token.
 
         completions, action_mask: (B * G, T), G rows a prompt in order. Returns two (B * G, T) float32, 0 where masked.
         features: reuse encoded photos; None encodes them here, with gradient where the vision trains.

@@ -11,7 +11,7 @@ import update
 from ground.options import read_options
 from loss import LOG_RATIO_LIMIT, LossTerms, VLM_GRPOLoss, approx_kl_divergence, masked_mean
 from models.processes import Processes
-from runs import train_options, weights
+from runs import tags, train_options, weights
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_the_defaults_are_plain_grpo_to_the_bit(options, monkeypatch):
 
 
 CHANGES = [{"scale_advantages": "batch"}, {"scale_advantages": "none"}, {"ratio_level": "sequence"},
-           {"clip_ratio_c": 1.01}]
+           {"clip_ratio_c": 1.01}, {"entropy_weight": 0.1}]
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
@@ -100,3 +100,13 @@ def test_the_batch_whose_spread_counts_is_that_of_all_processes(options):
 def test_checkpoints_that_knew_two_ways_of_scaling_are_read(tmp_path, written, read):
     (tmp_path / "options.yaml").write_text(f"scale_advantages: {written}\n")
     assert read_options(tmp_path / "options.yaml").scale_advantages == read
+
+
+def test_a_bonus_raises_the_entropy(options):
+    def entropy_after(weight):
+        changed = replace(options, entropy_weight=weight, output_dir=f"{options.output_dir}/{weight}",
+                          log_dir=f"{options.log_dir}/{weight}", lr=1e-2, max_steps=6, save_every=6)
+        training.train(changed)
+        return tags(changed.log_dir)["entropy"][-1][1]
+
+    assert entropy_after(1.0) > entropy_after(0.0) + 0.1

@@ -135,6 +135,23 @@ def test_dual_clip_bounds_what_a_bad_answer_costs():
     assert float(plain.clip_fraction) == pytest.approx((1 + 2) / 6)
 
 
+@pytest.mark.parametrize(("loss_type", "mean"), [("grpo", ((1 + 2) / 2 + 6) / 2), ("dapo", (1 + 2 + 6) / 3),
+                                                ("dr_grpo", (1 + 2 + 6) / 2 / 10)])
+def test_entropy_is_rewarded(loss_type, mean):
+    plain, rewarding = (VLM_GRPOLoss(0.2, 0.0, loss_type=loss_type, max_length=10, entropy_weight=weight)
+                        for weight in (0.0, 0.1))
+    entropy = torch.tensor([[1.0, 2.0, float("nan")], [6.0, 99.0, 99.0]], requires_grad=True)
+    group = experience(OLD, ADVANTAGES, MASK)
+    before, after = (each.terms(torch.tensor(NEW), group, entropy).total_loss for each in (plain, rewarding))
+    assert float(after.detach()) == pytest.approx(float(before) - 0.1 * mean, rel=1e-5)
+    after.backward()
+    share = {"grpo": [[1 / 4, 1 / 4, 0], [1 / 2, 0, 0]], "dapo": [[1 / 3, 1 / 3, 0], [1 / 3, 0, 0]],
+             "dr_grpo": [[1 / 20, 1 / 20, 0], [1 / 20, 0, 0]]}[loss_type]
+    assert torch.allclose(entropy.grad, -0.1 * torch.tensor(share))
+    with pytest.raises(ValueError, match="entropy of each token"):
+        rewarding(torch.tensor(NEW), group)
+
+
 def test_a_ratio_an_answer_ignores_what_lies_behind_it():
     dirty = [[*NEW[0][:2], float("nan")], [NEW[1][0], 99.0, -1e9]]
     objective = VLM_GRPOLoss(0.2, 0.0, ratio_level="sequence")

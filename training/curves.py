@@ -36,10 +36,10 @@ MEANINGS = {
     "answer_length": "mean tokens of an answer, the stop token included",
     "truncated_share": "share of answers that hit max_length without a stop token",
     "failed_rollouts": "products of the step that gave no group; the log says why",
-    "total_loss": "the policy loss plus kl_weight times the KL term. With loss_type grpo about 0 at each step's first "
-                  "update, since a group's advantages average to zero; dapo and dr_grpo give a long answer more "
-                  "weight than a short one, so not there, nor where mask_truncated leaves answers out. Watch returns "
-                  "instead",
+    "total_loss": "the policy loss plus kl_weight times the KL term, less entropy_weight times the entropy. With "
+                  "loss_type grpo about 0 at each step's first update, since a group's advantages average to zero; "
+                  "dapo and dr_grpo give a long answer more weight than a short one, so not there, nor where "
+                  "mask_truncated leaves answers out or entropy is rewarded. Watch returns instead",
     "kl_divergence": "how far the policy has moved from the reference policy, per token (k3 estimate); a few tenths "
                      "are a lot, a steep rise says that the learning rate is too high. In bfloat16 about 1e-5 of it is "
                      "rounding where products are put together in other passes than for the reference, else none",
