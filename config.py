@@ -185,6 +185,9 @@ class OptimizerOptions:
     warmup_steps: int = option(0, "steps in which the rate rises linearly to lr", within="[0, inf)")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay, on matrices only", within="[0, inf)")
     adam_betas: tuple[float, float] = option((0.9, 0.999), "AdamW's betas", within="[0, 1)")
+    adam_eps: float = option(
+        1e-8, "AdamW's epsilon; larger, such as 1e-5, for when the first steps jump, or weights with next to no "
+              "gradient wander: Adam moves those as far as any others", within="(0, inf)")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", within="(0, inf)")
     epochs: int = option(1, "passes over a step's buffer", within="(0, inf)")
     minibatch_size: int | None = option(

@@ -275,7 +275,7 @@ def make_optimizer(parameters: Sequence[Tensor], options: TrainOptions) -> torch
     matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
     vectors = [parameter for parameter in parameters if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.adam_betas)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.adam_betas, eps=options.adam_eps)
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:

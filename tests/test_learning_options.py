@@ -8,6 +8,7 @@ from torch import nn
 
 import train_vlm_parallel as training
 import update
+from config import TrainOptions
 from ground.options import read_options
 from loss import LOG_RATIO_LIMIT, LossTerms, VLM_GRPOLoss, approx_kl_divergence, masked_mean
 from models.processes import Processes
@@ -68,7 +69,7 @@ def test_the_defaults_are_plain_grpo_to_the_bit(options, monkeypatch):
 
 
 CHANGES = [{"scale_advantages": "batch"}, {"scale_advantages": "none"}, {"ratio_level": "sequence"},
-           {"clip_ratio_c": 1.01}, {"entropy_weight": 0.1}]
+           {"clip_ratio_c": 1.01}, {"entropy_weight": 0.1}, {"adam_eps": 1e-3}]
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
@@ -110,3 +111,13 @@ def test_a_bonus_raises_the_entropy(options):
         return tags(changed.log_dir)["entropy"][-1][1]
 
     assert entropy_after(1.0) > entropy_after(0.0) + 0.1
+
+
+@pytest.mark.parametrize(("eps", "moved"), [(1e-8, 0.1), (0.5, 0.05)])
+def test_the_first_step_of_adam_by_hand(eps, moved):
+    # Unbiased, the first moment is the gradient 0.5 and the root of the second too: lr * 0.5 / (0.5 + eps).
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = update.make_optimizer([weight], TrainOptions(lr=0.1, adam_eps=eps))
+    weight.grad = torch.tensor([0.5])
+    optimizer.step()
+    assert weight.item() == pytest.approx(-moved)
