@@ -26,10 +26,11 @@ from ground.options import held_out_sheet
 from prompts import build_prompt, read_template
 from sheets.check_page import html_page
 from sheets.checks import FEWEST, count_kinds, leaks, look_at_photos, look_over, outliers
-from sheets.columns import header_number
+from sheets.columns import header_rows
 from sheets.photos import examine_photos
 from sheets.samples import (
     CONTRADICTION,
+    WITHOUT_PHOTOS,
     DataError,
     RowProblem,
     Sample,
@@ -106,7 +107,7 @@ def inspect_rows(path: str, reading: SheetOptions, options: CheckDataOptions) ->
                  if sample.row in doubts]
     found = SheetCheck(path, reading, rows, usable, losses, problems)
     try:
-        require_usable(usable, losses, path, options.image_cache_dir)
+        require_usable(usable, losses, path, options.image_cache_dir, WITHOUT_PHOTOS)
         obey_bad_rows(losses, path, options.on_bad_row)
     except DataError as problem:
         found.verdict = str(problem)
@@ -180,14 +181,16 @@ def with_problems(found: SheetCheck) -> Iterator[list[str]]:
     for problem in found.problems:
         said.setdefault(problem.row, []).append(problem.problem + ("" if problem.used else " (left out)"))
     read = {sample.row: str(sample.label) for sample in found.rows}
-    header = header_number(found.path, found.reading, ("text",))
+    header = header_rows(found.path, found.reading, ("text",))
     width = 0
     for number, cells in read_table(found.path, found.reading):
-        if number == header:
+        cells = [*cells, *[""] * (width - len(cells))]
+        if number == header[0]:
             width = len(cells)
             yield [*cells, "row", "read", "problem"]
-        elif number > header:
-            cells = [*cells, *[""] * (width - len(cells))]
+        elif number in header:
+            yield [*cells, "", "", ""]
+        elif number > header[-1]:
             yield [*cells, str(number), read.get(number, ""), "\n".join(said.get(number, []))]
 
 

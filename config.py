@@ -138,7 +138,7 @@ class RolloutOptions:
     max_length: int = option(64, "new tokens of a candidate, at most", within="(0, inf)")
     temperature: float = option(0.7, "sampling temperature; log-probs are taken at the same one", within="(0, inf)")
     rollout_batch_size: int = option(
-        4, "products sampled together; more is faster and takes more memory", within="(0, inf)")
+        4, "products sampled together, halved where memory runs out; more is faster", within="(0, inf)")
     prompt_cache_mb: int = option(512, "host memory for prepared prompts and photos, in MiB", within="[0, inf)")
 
 
@@ -194,8 +194,8 @@ class OptimizerOptions:
         None, "products an optimizer step on each process, at most: a step's products are cut into even parts; "
               "default: all of them", within="(0, inf)")
     micro_batch_size: int = option(
-        1, "products a forward and backward pass; changes memory and speed, not the result; 0 starts with what fits "
-           "the GPU (on a CPU, with all) and halves when memory runs out", within="[0, inf)")
+        1, "products a forward and backward pass, halved where memory runs out; changes memory and speed, not the "
+           "result; 0 starts with what fits the GPU (on a CPU, with all)", within="[0, inf)")
     max_bad_steps: int = option(
         5, "stop after so many steps in a row without an optimizer step: no answers, none that counts, or no finite "
            "loss and gradient", within="(0, inf)")
@@ -255,7 +255,7 @@ class CompareOptions(SheetOptions):
     accept_error: float = option(
         0.2, "share of wrong answers at most among those to be accepted without review", within="(0, 1)")
     max_products: int | None = option(None, "look at the first so many products only", within="(0, inf)")
-    eval_batch_size: int = option(8, "products answered together", within="(0, inf)")
+    eval_batch_size: int = option(8, "products answered together; halved when memory runs out", within="(0, inf)")
     seed: int = option(0, "seed of the sampled answers", within="[0, inf)")
     output_dir: str | None = option(
         None, "where compare.html, .xlsx and .json go; default: compare/ beside the checkpoint")
@@ -307,7 +307,7 @@ class CheckRewardOptions(SheetOptions):
     temperature: float | None = option(None, "sampling temperature; default: that of training", within="(0, inf)")
     max_length: int | None = option(None, "new tokens of an answer at most; default: as in training", within="(0, inf)")
     max_products: int | None = option(64, "look at the first so many products only", within="(0, inf)")
-    eval_batch_size: int = option(8, "products answered together", within="(0, inf)")
+    eval_batch_size: int = option(8, "products answered together; halved when memory runs out", within="(0, inf)")
     seed: int = option(0, "seed of the sampled answers", within="[0, inf)")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
     num_threads: int | None = option(None, "CPU threads for torch", within="(0, inf)")

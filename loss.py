@@ -120,6 +120,10 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
             log_ratio = masked_mean(log_ratio, mask, dim=1)[:, None].expand_as(log_ratio)
         return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
+    def mean_ratio(self, log_probs: Tensor, experience: Experience) -> Tensor:
+        """The mean ratio of the tokens that count."""
+        return masked_mean(self.ratio(log_probs, experience), self.mask(experience))
+
     def forward(self, log_probs: Tensor, experience: Experience) -> tuple[Tensor, Tensor]:
         """Return (loss, mean kl over real tokens), the kl 0 without ref_log_probs. log_probs: (N, T) with gradient."""
         terms = self.terms(log_probs, experience)

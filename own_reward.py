@@ -44,7 +44,7 @@ class Scorer:
             values = given if isinstance(given, Mapping) else {name: given}
             for part, value in values.items():
                 if not isinstance(value, Real) or not math.isfinite(value):
-                    raise RewardError(f"--reward {spec}: {value!r} as {part!r} for {_where(answer, sample)}: it must "
+                    raise RewardError(f"reward {spec}: {value!r} as {part!r} for {_where(answer, sample)}: it must "
                                       "give a finite number, or a dictionary of them")
                 named.append((str(part), weight * float(value)))
         return replace(parts, reward=sum(value for _, value in named), named=tuple(named))
@@ -73,10 +73,10 @@ def _load(spec: str) -> tuple[str, float, Callable | None]:
     try:
         module_spec.loader.exec_module(module)
     except Exception as problem:  # somebody else's code: whatever it raises, the user wants to read it
-        raise RewardError(f"--reward {spec}: {file} can't be run: {type(problem).__name__}: {problem}") from problem
+        raise RewardError(f"reward {spec}: {file} can't be run: {type(problem).__name__}: {problem}") from problem
     function = getattr(module, name, None)
     if not callable(function):
-        raise RewardError(f"--reward {spec}: {file} has no function {name!r}")
+        raise RewardError(f"reward {spec}: {file} has no function {name!r}")
     return name, weight, function
 
 
@@ -84,7 +84,7 @@ def _call(function: Callable, answer: str, sample: Sample, spec: str) -> Any:
     try:
         return function(answer, sample.label, sample)
     except Exception as problem:  # as above
-        raise RewardError(f"--reward {spec}: {type(problem).__name__}: {problem}, for {_where(answer, sample)}"
+        raise RewardError(f"reward {spec}: {type(problem).__name__}: {problem}, for {_where(answer, sample)}"
                           ) from problem
 
 

@@ -140,10 +140,10 @@ class PromptEncoder:
             kept -= 1
             prompt = self.encode_parts(sample.text, photos[:kept])
         if limit and len(prompt.input_ids) > limit:
-            raise PromptTooLong(f"the text alone makes {len(prompt.input_ids)} tokens, --max_prompt_length is {limit}")
+            raise PromptTooLong(f"the text alone makes {len(prompt.input_ids)} tokens, max_prompt_length is {limit}")
         if kept < len(photos):
             logger.warning(f"{sample.sheet} row {sample.row} ({sample.product_id}): {kept} of {len(photos)} photos "
-                           f"used, for --max_prompt_length {limit}")
+                           f"used, for max_prompt_length {limit}")
         return prompt
 
     def encode_parts(self, text: str, photos: Sequence[Any]) -> Prompt:
@@ -176,8 +176,8 @@ def rollout_groups(encoder: PromptEncoder, samples: Sequence[Sample], group_size
     """Sample one group for each product, rollout_batch_size products at a time, in the order of `samples`.
 
     temperature None answers greedily. seed: with the row it decides every token, whatever products are sampled
-    together. Products whose photos can't be read, whose sampling runs out of memory or whose log-probs are not
-    finite come back as failures.
+    together. Where memory runs out, fewer are sampled together, from then on. Products whose photos can't be read, for
+    which alone there is no memory or whose log-probs are not finite come back as failures.
     """
     failures, prompts = [], {}
     for index, sample in enumerate(samples):
@@ -187,15 +187,18 @@ def rollout_groups(encoder: PromptEncoder, samples: Sequence[Sample], group_size
             failures.append(RolloutFailure(sample, str(problem)))
     groups: dict[int, Group] = {}
     by_length = sorted(prompts, key=lambda index: len(prompts[index].input_ids))  # little padding, few masks
-    for start in range(0, len(by_length), rollout_batch_size):
-        chunk = by_length[start:start + rollout_batch_size]
-        try:
-            sampled = _sample_groups(encoder.policy, [samples[index] for index in chunk],
-                                     [prompts[index] for index in chunk], group_size, temperature, max_length, seed)
-        except torch.OutOfMemoryError:
-            failures += [RolloutFailure(samples[index], f"out of memory while sampling {len(chunk)} products x "
-                                                        f"{group_size} answers; lower --rollout_batch_size")
-                         for index in chunk]
+
+    def sample_some(chunk: Sequence[int]) -> list[Group]:
+        return _sample_groups(encoder.policy, [samples[index] for index in chunk], [prompts[index] for index in chunk],
+                              group_size, temperature, max_length, seed)
+
+    for chunk, sampled in encoder.policy.sampled_together.passes(by_length, sample_some, "sampling",
+                                                                 rollout_batch_size):
+        if sampled is None:
+            tokens = len(prompts[chunk[0]].input_ids)
+            failures.append(RolloutFailure(samples[chunk[0]], f"out of memory while sampling it alone, {tokens} prompt "
+                                           f"tokens and {group_size} answers; smaller photos, a shorter text or fewer "
+                                           "answers take less"))
             continue
         for index, group in zip(chunk, sampled, strict=True):
             if bool(torch.isfinite(group.old_log_probs).all()):

@@ -234,7 +234,7 @@ def choose_samples(options: CompareOptions, trained: TrainOptions) -> list[Sampl
     if options.rows == "held_out" and path == trained.data_path and not from_eval_path:
         samples = split_held_out(samples, trained.eval_fraction)[1]
         if not samples:
-            raise DataError(f"{path}: --eval_fraction {trained.eval_fraction} of this run held out no product; compare "
+            raise DataError(f"{path}: eval_fraction {trained.eval_fraction} of this run held out no product; compare "
                             "on all rows with --rows all, or give another sheet with --data_path")
     elif own_sheet:
         logger.info(f"{path} was named on the command line: all its products are compared")

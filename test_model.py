@@ -31,7 +31,7 @@ from evidence.report import answer_line, sizes_text, write_sheet
 from ground.files import whole_file
 from ground.options import sheet_options
 from reward import RewardParts
-from sheets.columns import header_number
+from sheets.columns import header_rows
 from sheets.samples import (
     DataError,
     PhotoError,
@@ -167,15 +167,15 @@ def no_answer(problem: str) -> dict[str, Any]:
 def rows_with_answers(data_path: Path, sheet: SheetOptions, done: Mapping[int, dict[str, Any]],
                       noted: Mapping[int, Sequence[str]]) -> Iterator[dict[str, Any]]:
     """Put the answers beside the sheet's own columns: every row that is not blank, in the sheet's order."""
-    header = header_number(data_path, sheet, ("text",))
+    header = header_rows(data_path, sheet, ("text",))
     taken = {"row", *no_answer("")}
     names: list[str] = []
     for number, cells in read_table(data_path, sheet):
-        if number == header:
+        if number == header[0]:
             for place, column in enumerate(cells, start=1):
                 names.append(column if column and column not in taken else f"{column or 'column'} ({place})")
                 taken.add(names[-1])
-        elif number > header:
+        elif number > header[-1]:
             line = done.get(number) or no_answer("")
             problems = [*noted.get(number, []), line["problem"]]
             cells = [*cells, *[""] * (len(names) - len(cells))]

@@ -45,7 +45,7 @@ from replay_buffer import Experience, ReplayBuffer
 from rollout import Group, PromptEncoder, rollout_groups
 from sheets.samples import DataError, Sample, products_of_step
 from training.checkpoint import find_resume, is_better, keep_best, read_best, read_state, save_checkpoint
-from training.curves import Bounds, Curves, describe, log_groups, log_held_out, log_step
+from training.curves import Bounds, Curves, describe, log_groups, log_held_out, log_step, warn_of_failures
 from training.guard import check_on_a_product
 from training.preflight import preflight
 from training.provenance import write_start, write_summary
@@ -285,7 +285,7 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
             (f"{group.sample.sheet} row {group.sample.row}",)))
     if run.reference is None:
         return buffer
-    for item, ref_log_probs in log_probs_under(run.reference, buffer.items, run.learner.micro_batch_size,
+    for item, ref_log_probs in log_probs_under(run.reference, buffer.items, run.learner.passes,
                                                options.temperature, run.shares_vision):
         item.ref_log_probs = ref_log_probs
     return buffer
@@ -300,8 +300,7 @@ def log_evaluation(run: Run, options: TrainOptions, step: int) -> list[Record]:
                                      options.rollout_batch_size, run.scorer, show=run.processes.main)
         if run.writer:
             log_held_out(run.writer, run.encoder, run.held_out, options, run.scorer, step)
-    for failure in failures:
-        logger.warning(f"held-out: {failure}")
+    warn_of_failures("held-out", failures)
     records = [record for share in run.processes.gather(records) for record in share]
     if run.writer is None:
         return records

@@ -7,6 +7,7 @@ gradients are averaged, and each optimizer step happens in all or in none.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from config import TrainOptions
 from ground.files import disk_errors
-from loss import VLM_GRPOLoss, masked_mean
+from loss import VLM_GRPOLoss
 from models.family import ModelError, Prompt
+from models.memory import PassSize
 from models.policy import Policy
 from models.processes import Processes
 from models.sharding import gathered, whole
@@ -35,7 +37,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     objective: VLM_GRPOLoss
     processes: Processes = field(default_factory=Processes)
-    micro_batch_size: int = 1  # products a pass; halved when memory runs out, if the options leave it to us
+    passes: PassSize = field(default_factory=lambda: PassSize(1))  # --micro_batch_size, or less
     idle: Experience | None = None  # what a process computes that has nothing of its own, where weights are sharded
 
     @property
@@ -51,7 +53,7 @@ def make_learner(policy: Policy, parameters: list[nn.Parameter], options: TrainO
                              options.max_length, options.mask_truncated, ratio_level=options.ratio_level,
                              clip_ratio_c=options.clip_ratio_c, entropy_weight=options.entropy_weight)
     return Learner(policy, parameters, make_optimizer(parameters, options), objective, processes or Processes(),
-                   options.micro_batch_size or options.minibatch_size or options.batch_size, idle)
+                   PassSize(options.micro_batch_size or options.minibatch_size or options.batch_size), idle)
 
 
 def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: int) -> dict[str, float]:
@@ -87,7 +89,12 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
             continue
         if step == 0 and index == 0 and grad_norm > 0:
             warn_without_gradient(learner.policy)
-        learner.optimizer.step()
+        try:
+            learner.optimizer.step()
+        except torch.OutOfMemoryError as problem:
+            raise ModelError("out of memory in the optimizer's step, in which some weights may have moved: go on from "
+                             "the last checkpoint with --resume auto, and train less of the model (--lora_rank) or "
+                             "share it out (--sharding fsdp)") from problem
         done += 1
         for name, value in (metrics | {"grad_norm": grad_norm}).items():
             sums[name] += value
@@ -122,27 +129,40 @@ def rescore(learner: Learner, items: Sequence[Experience], options: TrainOptions
     tokens = processes.total(torch.tensor(sum(int(objective.mask(item).sum()) for item in items),
                                           device=learner.policy.device))
     ratio, gap = torch.zeros(2, device=learner.policy.device)
-    for item, log_probs in log_probs_under(learner.policy, items, learner.micro_batch_size, options.temperature):
-        mask = objective.mask(item)
-        ratio += masked_mean(objective.ratio(log_probs, item), mask) * (mask.sum() / tokens.clamp(min=1))
+    for item, log_probs in log_probs_under(learner.policy, items, learner.passes, options.temperature):
+        ratio += objective.mean_ratio(log_probs, item) * (objective.mask(item).sum() / tokens.clamp(min=1))
         gap = torch.maximum(gap, (log_probs - item.old_log_probs).abs().max())
         item.old_log_probs = log_probs
     found = {"first_ratio": float(processes.total(ratio)), "log_prob_gap": processes.most(float(gap))}
     return found if tokens else {}
 
 
-def log_probs_under(policy: Policy, items: Sequence[Experience], micro_batch_size: int, temperature: float,
+def log_probs_under(policy: Policy, items: Sequence[Experience], passes: PassSize, temperature: float,
                     features: bool = True) -> list[tuple[Experience, Tensor]]:
-    """Take each experience's log-probs (G, T) under a policy, without gradient; features False encodes photos anew."""
+    """Take each experience's log-probs (G, T) under a policy, without gradient; features False encodes photos anew.
+
+    Raises ModelError where there is no memory for one alone.
+    """
+    def score(together: Sequence[Experience]) -> Tensor:
+        batch = join_experiences(together)
+        return policy.log_probs(batch.prompts, batch.completions, batch.action_mask, temperature,
+                                batch.features if features else None, with_entropy=False)[0]
+
     found = []
     with torch.no_grad(), gathered(policy):
-        for together in micro_batches(items, micro_batch_size):
-            batch = join_experiences(together)
-            log_probs, _ = policy.log_probs(batch.prompts, batch.completions, batch.action_mask, temperature,
-                                            batch.features if features else None, with_entropy=False)
+        for together, log_probs in passes.passes(items, score, "taking log-probs"):
+            if log_probs is None:
+                raise no_memory(together[0].sources)
             rows = log_probs.split([len(item.rewards) for item in together])
             found += [(item, own[:, :item.action_mask.shape[1]]) for item, own in zip(together, rows, strict=True)]
     return found
+
+
+def no_memory(sources: Sequence[str]) -> ModelError:
+    """The error of a run that has no memory for one product."""
+    return ModelError(f"out of memory with one product a pass, {', '.join(sources) or 'the largest'}: lower "
+                      "--max_pixels, --max_slice_nums, --max_prompt_length or --group_size, or try "
+                      "--gradient_checkpointing, --lora_rank or --sharding fsdp; then go on with --resume auto")
 
 
 def backward(learner: Learner, minibatch: Sequence[Experience], options: TrainOptions, on_policy: bool
@@ -153,7 +173,7 @@ def backward(learner: Learner, minibatch: Sequence[Experience], options: TrainOp
     on_policy: this is the only minibatch since sampling. In bfloat16 the log-probs of sampling and of this pass differ
     by rounding, so the ratio is then taken against those of this pass. first_ratio and log_prob_gap are against those
     of the buffer.
-    With --micro_batch_size 0 a pass that runs out of memory is done again in halves.
+    Where memory runs out, all of it is done again with passes of half as many products, each process by itself.
     """
     policy, objective, processes = learner.policy, learner.objective, learner.processes
     counted = torch.tensor([sum(int(objective.size(item)) for item in minibatch),
@@ -165,32 +185,18 @@ def backward(learner: Learner, minibatch: Sequence[Experience], options: TrainOp
         try:
             sums, gap = accumulate(learner, minibatch, options, on_policy, size, tokens)
             break
-        except torch.OutOfMemoryError as problem:
-            short = str(problem)
+        except torch.OutOfMemoryError as error:
+            problem, sources = str(error), getattr(error, "__notes__", [])
         # Outside of the except block: the error holds on to what the pass had computed.
         learner.optimizer.zero_grad(set_to_none=True)
-        halve(learner, options, short)
+        taken = min(learner.passes.products or 1, len(minibatch))
+        if learner.sharded and taken > 1:  # other processes wait inside of this pass, which can't be taken up again
+            raise ModelError(f"out of memory with {taken} products a pass: go on with --resume auto --micro_batch_size "
+                             f"{taken // 2} ({problem.splitlines()[0]})")
+        if not learner.passes.halve(taken, "updating", problem):
+            raise no_memory(sources)
     totals = processes.total(torch.stack(list(sums.values()))).tolist()
     return dict(zip(sums, totals, strict=True)) | {"log_prob_gap": processes.most(float(gap))}
-
-
-def halve(learner: Learner, options: TrainOptions, problem: str) -> None:
-    """Halve what a pass takes after it ran out of memory; raises ModelError where that can't be done or is not asked.
-
-    Each process halves by itself: only sharded passes wait for those of others, and those can't be taken up again.
-    """
-    size = learner.micro_batch_size
-    advice = ("lower --max_pixels, --max_slice_nums, --max_prompt_length or --group_size, or try "
-              "--gradient_checkpointing, --lora_rank or --sharding fsdp")
-    if size > 1 and (learner.sharded or options.micro_batch_size):
-        advice = f"go on with --resume auto --micro_batch_size {size // 2}"
-    elif size > 1:
-        learner.micro_batch_size = size // 2
-        if learner.policy.device.type == "cuda":
-            torch.cuda.empty_cache()
-        logger.warning(f"out of memory with {size} products a pass: going on with {size // 2}")
-        return
-    raise ModelError(f"out of memory with {size} products a pass: {advice} ({problem.splitlines()[0]})")
 
 
 def accumulate(learner: Learner, minibatch: Sequence[Experience], options: TrainOptions, on_policy: bool, size: Tensor,
@@ -203,26 +209,37 @@ def accumulate(learner: Learner, minibatch: Sequence[Experience], options: Train
     names = ("ratio", "clip_fraction", "entropy", *(["kl_divergence"] if options.kl_weight else []))
     sums = {name: torch.zeros((), device=policy.device) for name in ("total_loss", "first_ratio", *names)}
     gap = torch.zeros((), device=policy.device)
-    batches = list(micro_batches(minibatch, learner.micro_batch_size))
+    batches = list(micro_batches(minibatch, learner.passes.products or 1))
     passes = processes.most(len(batches)) if learner.sharded else len(batches)
     for index in range(passes):
-        batch, log_probs, entropy = log_probs_of(learner, batches[index] if index < len(batches) else [], options)
-        if batch is None:
-            (0.0 * log_probs.sum()).backward()
-            continue
-        gap = torch.maximum(gap, (log_probs.detach() - batch.old_log_probs).abs().max())
-        mask = objective.mask(batch)
-        share = mask.sum() / tokens
-        sums["first_ratio"] += masked_mean(objective.ratio(log_probs.detach(), batch), mask) * share
-        if on_policy and policy.dtype != torch.float32:
-            batch.old_log_probs = log_probs.detach()
-        terms = objective.terms(log_probs, batch, entropy)
-        loss = terms.total_loss * (objective.size(batch) / size)
-        (loss * processes.world).backward()  # gradients are averaged over the processes, the loss is summed
-        sums["total_loss"] += loss.detach()
-        for name in names:
-            sums[name] += getattr(terms, name).detach() * share
+        items = batches[index] if index < len(batches) else []
+        with named(items):
+            batch, log_probs, entropy = log_probs_of(learner, items, options)
+            if batch is None:
+                (0.0 * log_probs.sum()).backward()
+                continue
+            gap = torch.maximum(gap, (log_probs.detach() - batch.old_log_probs).abs().max())
+            share = objective.mask(batch).sum() / tokens
+            sums["first_ratio"] += objective.mean_ratio(log_probs.detach(), batch) * share
+            if on_policy and policy.dtype != torch.float32:
+                batch.old_log_probs = log_probs.detach()
+            terms = objective.terms(log_probs, batch, entropy)
+            loss = terms.total_loss * (objective.size(batch) / size)
+            (loss * processes.world).backward()  # gradients are averaged over the processes, the loss is summed
+            sums["total_loss"] += loss.detach()
+            for name in names:
+                sums[name] += getattr(terms, name).detach() * share
     return sums, gap
+
+
+@contextmanager
+def named(items: Sequence[Experience]) -> Iterator[None]:
+    """Let an error for want of memory name the products that it befell."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        error.__notes__ = [source for item in items for source in item.sources]
+        raise
 
 
 def log_probs_of(learner: Learner, items: Sequence[Experience], options: TrainOptions

@@ -57,8 +57,8 @@ class Family:
                      ) -> None:
         """Refuse bounds of a photo that mean nothing to this family; raises ModelError."""
         if max_slice_nums is not None and not self.cuts_slices:
-            raise ModelError(f"--max_slice_nums {max_slice_nums}: {model.config.model_type} does not cut photos into "
-                             "slices; bound them with --max_pixels instead")
+            raise ModelError(f"max_slice_nums {max_slice_nums}: {model.config.model_type} does not cut photos into "
+                             "slices; bound them with max_pixels instead")
 
     def encode_prompt(self, tokenizer: Any, image_processor: Any, text: str, photos: Sequence[Image.Image],
                       max_slice_nums: int | None = None, max_pixels: int | None = None) -> Prompt:

@@ -87,8 +87,8 @@ def load_weights(model: nn.Module, path: str) -> None:
     """
     source = Path(path)
     if lora.is_adapter(path):
-        raise ModelError(f"{path}: an adapter, not a model's weights: train it with --lora_rank, or merge it with "
-                         "python export.py")
+        raise ModelError(f"{path}: an adapter, not a model's weights: train it on with train_vlm_parallel.py "
+                         "--lora_rank, or merge it with python export.py")
     off = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()  # parts that this program leaves out
     state = {name: tensor for name, tensor in _read_tensors(source).items()
              if not any(re.search(pattern, name) for pattern in off)}

@@ -122,7 +122,7 @@ def four_bit(family: Family, dtype: torch.dtype) -> Any:
     from transformers.utils import is_bitsandbytes_available
 
     if not is_bitsandbytes_available():
-        raise ModelError("--quantize 4bit needs bitsandbytes 0.46.1 or later, which is not installed here: "
+        raise ModelError("4-bit weights (quantize) need bitsandbytes 0.46.1 or later, which is not installed here: "
                          "pip install bitsandbytes")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=[*family.vision_names, "lm_head"])

@@ -23,6 +23,7 @@ from models.decoding import PackedWriter, PlainWriter
 from models.family import ModelError, Prompt
 from models.head import Logits, compute_dtype, distribution, token_log_probs
 from models.loading import DTYPES, choose_device, family_of, load_minicpm, load_weights, stop_token_ids
+from models.memory import PassSize
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Policy:
         self.stop_ids = torch.tensor(stop_token_ids(model, tokenizer), device=self.device)
         self.adapter: Any = None  # peft's wrapper around the model, when low-rank adapters are in it
         self._adapter_off = False
+        self.sampled_together = PassSize()
 
     def add_adapter(self, rank: int, alpha: int | None, base_path: str) -> None:
         """Put a new adapter on every linear layer of the language model; alpha None: 2 * rank."""

@@ -243,9 +243,11 @@ def install(language_model: nn.Module) -> None:
         if kind in _KNOWN_DELTA_NETS and not isinstance(mixer.forward, partial):
             mixer.forward = partial(delta_net, mixer, mixer.forward)
         elif kind not in _KNOWN_ATTENTION + _KNOWN_DELTA_NETS:
-            raise ModelError(f"the shared-prefix path does not know layers of kind {kind}; take --exact_path")
+            raise ModelError(f"the shared-prefix path does not know layers of kind {kind}; train_vlm_parallel.py "
+                             "--exact_path does without it")
         if getattr(mixer, "sliding_window", None):
-            raise ModelError("the shared-prefix path does not know attention with a sliding window; take --exact_path")
+            raise ModelError("the shared-prefix path does not know attention with a sliding window; "
+                             "train_vlm_parallel.py --exact_path does without it")
     AttentionInterface.register(NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     language_model.config._attn_implementation = NAME

@@ -48,8 +48,8 @@ class SmolVLM(Family):
         """Refuse fewer pixels than one frame has; raises ModelError."""
         side = _frame_side(image_processor)
         if max_pixels is not None and max_pixels < side ** 2:
-            raise ModelError(f"--max_pixels {max_pixels}: this model scales every photo to frames of {side} x {side} "
-                             f"pixels; give {side ** 2} or more, or --max_slice_nums 1 for one frame a photo")
+            raise ModelError(f"max_pixels {max_pixels}: this model scales every photo to frames of {side} x {side} "
+                             f"pixels; give {side ** 2} or more, or max_slice_nums 1 for one frame a photo")
 
     def encode_prompt(self, tokenizer: Any, image_processor: Any, text: str, photos: Sequence[Image.Image],
                       max_slice_nums: int | None = None, max_pixels: int | None = None) -> Prompt:

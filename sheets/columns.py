@@ -9,6 +9,7 @@ from pathlib import Path
 from config import SheetOptions
 from sheets.addresses import is_photo_name
 from sheets.cells import DataError, Row, say_once
+from sheets.headers import goes_on, header_of, names_again
 from sheets.photo_columns import PHOTO_COLUMN, PhotoColumns
 from sheets.pictures import Pictures, may_hold_pictures, read_pictures
 from sheets.sides import SIDES, SideColumns, find_sides
@@ -41,7 +42,8 @@ def read_sheet(path: str | Path, options: SheetOptions, required: Sequence[str],
     Raises DataError when the sheet can't be read or lacks a required column.
     """
     path = Path(path)
-    rows, above, header, columns = _find_header(path, options, required)
+    rows, numbers, header, columns = _find_header(path, options, required)
+    above = numbers[-1]
     places = {field: [header.index(name) for name in names] for field, names in columns.items() if field != "photo"}
     sides = SideColumns() if columns["label"] else find_sides(header, read_mapping(options.column))
     if sides.sides:
@@ -50,6 +52,10 @@ def read_sheet(path: str | Path, options: SheetOptions, required: Sequence[str],
     pictures = (read_pictures(path, chosen_sheet(path, options), picture_dir) if may_hold_pictures(path)
                 else Pictures())
     upper = list(islice(rows, _LOOKED_AT))
+    for place in places["label"]:
+        if goes_on(place, header, [cells for _, cells in upper]):
+            raise DataError(f"{path}: the columns behind {header[place]!r} have no name and hold numbers, as if a size "
+                            "stood in several cells. Name them, such as 长, 宽, 高 or length, width, height")
     taken = {*chain.from_iterable(places.values()), *(place for place, _, _ in sides.sides), sides.unit_place}
     photos = PhotoColumns(path, header, columns["photo"], taken, upper, pictures)
     if picture_dir is not None:
@@ -71,13 +77,13 @@ def read_sheet(path: str | Path, options: SheetOptions, required: Sequence[str],
                             "open it in a spreadsheet program and save it again")
 
 
-def header_number(path: str | Path, options: SheetOptions, required: Sequence[str]) -> int:
-    """Return the number of the row that names the columns."""
+def header_rows(path: str | Path, options: SheetOptions, required: Sequence[str]) -> range:
+    """Return the numbers of the rows that name the columns: of one, or of several (see sheets/headers.py)."""
     return _find_header(Path(path), options, required)[1]
 
 
 def _find_header(path: Path, options: SheetOptions, required: Sequence[str]
-                 ) -> tuple[Iterable[Row], int, list[str], dict[str, list[str]]]:
+                 ) -> tuple[Iterable[Row], range, list[str], dict[str, list[str]]]:
     """Take the first of the upper rows that names every required column; title rows above it are passed over."""
     rows = read_table(path, options)
     upper = list(islice(rows, _TITLE_ROWS))
@@ -89,11 +95,23 @@ def _find_header(path: Path, options: SheetOptions, required: Sequence[str]
     labels = set(mapping.get("label", ["label"])) if "label" in required else set()
     photos = {name for field, names in mapping.items() if field == "photo" or PHOTO_COLUMN.fullmatch(field)
               for name in names}
-    place = next((place for place, (_, cells) in enumerate(upper) if wanted <= set(cells) and (
+    known = [*FIELDS, *chain.from_iterable(mapping.values())]
+    headers = [header_of(cells, below, known, mapping)
+               for (_, cells), (_, below) in zip(upper, [*upper[1:], (0, [])], strict=True)]
+    place = next((place for place, (cells, _) in enumerate(headers) if wanted <= set(cells) and (
         labels <= set(cells) or find_sides(cells, mapping).sides) and (
         required or photos & set(cells) or any(map(is_photo_name, cells)))), 0)
-    number, header = upper[place]
-    return chain(upper[place + 1:], rows), number, header, _find_columns(path, header, mapping, required)
+    header, height = headers[place]
+    if height > 1 and not labels <= set(header):
+        mapping.pop("label", None)  # its name stands over the sides
+    columns = _find_columns(path, header, mapping, required)
+    used = [*chain.from_iterable(columns.values()), *(header[side] for side, _, _ in find_sides(header, mapping).sides)]
+    end = place + height
+    while end < len(upper) and names_again(upper[end][1], header, used):
+        say_once("INFO", f"{path}: row {upper[end][0]} ({', '.join(filter(None, upper[end][1]))[:80]}) names the "
+                         "columns once more and is no product")
+        end += 1
+    return chain(upper[end:], rows), range(upper[place][0], upper[end - 1][0] + 1), header, columns
 
 
 def read_mapping(pairs: Sequence[str]) -> dict[str, list[str]]:

@@ -178,9 +178,9 @@ def _fetch_to(session: requests.Session, address: str, partial: Path, options: F
         for chunk in _body(response, options):
             size += len(chunk)
             if size > options.max_file_mb * 2 ** 20:
-                raise Refused(f"larger than {options.max_file_mb} MiB (--max_file_mb)")
+                raise Refused(f"larger than {options.max_file_mb} MiB (download_images.py --max_file_mb)")
             if time.monotonic() > deadline:
-                raise Refused(f"not whole after {options.deadline:g} seconds (--deadline)")
+                raise Refused(f"not whole after {options.deadline:g} seconds (download_images.py --deadline)")
             file.write(chunk)
         announced = response.headers.get("Content-Length", "")
         if announced.isdigit() and not response.headers.get("Content-Encoding") and size < int(announced):
@@ -214,7 +214,8 @@ def _final_response(session: requests.Session, address: str, options: FetchOptio
             return response
         response.close()
         if response.status_code == 200:
-            raise Refused(f"larger than {options.max_file_mb} MiB (--max_file_mb): {announced} bytes announced")
+            raise Refused(f"larger than {options.max_file_mb} MiB (download_images.py --max_file_mb): {announced} "
+                          "bytes announced")
         again = f", {options.retries + 1} times" if response.status_code in _BUSY and options.retries else ""
         raise Refused(f"HTTP {response.status_code} {response.reason or ''}".strip() + again)
 
@@ -254,7 +255,8 @@ def _refuse_private(host: str, ip: str) -> None:
     address = ipaddress.ip_address(ip.partition("%")[0])
     inner = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
     if not inner.is_global or inner.is_multicast:
-        raise Refused(f"{host} is {ip}, on a private network; --allow_private true fetches from there")
+        raise Refused(f"{host} is {ip}, on a private network; download_images.py --allow_private true fetches from "
+                      "there")
 
 
 class _GuardedConnection(HTTPConnection):

@@ -29,6 +29,8 @@ CONTRADICTION = 0.05  # labels of one product that differ by more on a side can'
 _LARGEST_SIZE, _SMALLEST_SIZE = 10_000.0, 0.01  # cm; beyond 100 m or below 0.1 mm a label is wrong
 _PHOTO_EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".mpo"}
 _PLACEHOLDER = (224, 224)
+_FETCHED = "python download_images.py fetches it"  # a photo that is missing
+WITHOUT_PHOTOS = "use such rows without photos: --missing_photos text_only"
 _FAULTS = {"ambiguous": "label ambiguous", "not positive": "label not positive", "missing": "label missing",
            "no size": "label without a size"}
 
@@ -203,7 +205,7 @@ def _read_label(text: str, required: bool, partial: PartialLabels) -> tuple[Labe
     if len(label) == 3 or partial == "axis":
         return label, []
     if partial == "skip":
-        return label, [f"label partial: {text!r} gives {len(label)} of three sizes (--partial_labels skip)"]
+        return label, [f"label partial: {text!r} gives {len(label)} of three sizes, and such labels are skipped"]
     return Label(label), []
 
 
@@ -212,11 +214,12 @@ def _find_photos(row: ProductRow, sheet_dir: str, cache_dir: str, missing_photos
     photos: dict[str, None] = {}  # in order, each once
     problems = []
     for column, address in row.photos:
-        local = None if "://" in address else os.path.join(sheet_dir, address)
+        local = None if "://" in address or address.startswith(PICTURE) else os.path.join(sheet_dir, address)
         found = local if local and os.path.isfile(local) else find_cached_photo(address, cache_dir)
         if found is None:
             expected = f"{cache_dir}/{_cached_name(address)}"
-            problems.append(f"photo missing: {column} {address} (expected as {expected})")
+            way_out = f"; {_FETCHED}" if address[:4].lower() == "http" else ""
+            problems.append(f"photo missing: {column} {address} (expected as {local or expected}{way_out})")
             if missing_photos == "placeholder":
                 photos[expected] = None
         else:
@@ -297,8 +300,11 @@ def summarise_problems(problems: Sequence[RowProblem], limit: int = 20) -> str:
 
 
 def require_usable(samples: Sequence[Sample], problems: Sequence[RowProblem], data_path: str | Path,
-                   image_cache_dir: str | Path) -> None:
-    """Raise DataError when a sheet gave no sample: how many rows it has, what is wrong with them, and the way out."""
+                   image_cache_dir: str | Path, without_photos: str = "") -> None:
+    """Raise DataError when a sheet gave no sample: how many rows it has, what is wrong with them, and the way out.
+
+    without_photos: how the command at work uses rows whose photos are missing, if it can.
+    """
     if samples:
         return
     if not problems:
@@ -311,9 +317,12 @@ def require_usable(samples: Sequence[Sample], problems: Sequence[RowProblem], da
     message = [f"{data_path}: no row can be used, of {len(kinds)}: {counts}.",
                f"The first: row {problems[0].row} ({problems[0].product_id}): {problems[0].problem}."]
     if any(of_row == {"photo missing"} for of_row in kinds.values()):
-        message.append(f"Photos were looked for in {image_cache_dir} under md5(address) + extension. Put them there, "
-                       f"or give their folder with --image_cache_dir, or use such rows without photos: "
-                       f"--missing_photos text_only.")
+        ways_out = ["Put them there", "give their folder with --image_cache_dir"]
+        if any(_FETCHED in problem.problem for problem in problems):
+            ways_out[0] = (f"Fetch them: python download_images.py --data_path {data_path} --image_cache_dir "
+                           f"{image_cache_dir}")
+        message.append(f"Photos were looked for in {image_cache_dir} under md5(address) + extension. "
+                       f"{', or '.join(filter(None, [*ways_out, without_photos]))}.")
     if any(of_row - {"photo missing"} for of_row in kinds.values()):
         message.append("Fill in the text and label of the rows in the sheet.")
     raise DataError(" ".join(message))

@@ -30,7 +30,7 @@ def find_sides(header: Sequence[str], mapping: Mapping[str, Sequence[str]]) -> S
     """Find the columns of sides: those of --column length=..., else two or more that are named as sides are."""
     if any(side in mapping for side in SIDES[:3]):
         named = {name: side for side in SIDES[:3] for name in mapping.get(side, ()) if name in header}
-        found = [(header.index(name), side, _unit_in(name)) for name, side in named.items()]
+        found = [(header.index(name), side, unit_in(name)) for name, side in named.items()]
     else:
         matches = [(place, match) for place, name in enumerate(header) if (match := _NAME.fullmatch(_plain(name)))]
         found = [(place, _WORDS[AXES[match[1]]], match[2] or "") for place, match in matches]
@@ -40,7 +40,13 @@ def find_sides(header: Sequence[str], mapping: Mapping[str, Sequence[str]]) -> S
     return SideColumns(tuple(found), header.index(units[0]) if found and units and units[0] in header else None)
 
 
-def _unit_in(name: str) -> str:
+def is_side(name: str) -> bool:
+    """Say whether a column is named as a side is: 长, Height in, 高(mm)."""
+    return _NAME.fullmatch(_plain(name)) is not None
+
+
+def unit_in(name: str) -> str:
+    """Return the unit in a column's name, mm of 高(mm); "" where there is none."""
     found = re.search(rf"[ (\[]({UNIT})[)\]]?$", _plain(name))
     return found[1] if found else ""
 

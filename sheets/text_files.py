@@ -9,18 +9,22 @@ column with a gap, loses blank lines, so that every later row has a wrong number
 import codecs
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from config import SheetOptions
 from sheets.cells import DataError, Row, as_text, say_once
+from sheets.encodings import likely_encodings
 
 _LONGEST_CELL = 10_000_000  # characters
-_ENCODINGS = ("gb18030", "cp1252", "big5", "shift_jis", "euc_kr", "cp1251", "cp1250")  # the likelier ones first
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_LOOKED_AT = 2 ** 16  # bytes that a guess is made from
+# Excel obeys such a first line and shows the next one as row 1.
+_TOLD = re.compile(r"""\ufeff?"?sep=([^\w\r\n"])"?[,;\t ]*[\r\n]*""", re.IGNORECASE)
 
 _Objects = Iterable[tuple[int, dict[str, Any]]]
 
@@ -28,25 +32,28 @@ _Objects = Iterable[tuple[int, dict[str, Any]]]
 def read_csv(path: Path, options: SheetOptions) -> Iterator[Row]:
     """Read every row of a .csv, whose first line tells what its fields are parted by, or of a .tsv.
 
-    Raises DataError when it can't be read for certain.
+    A first line such as sep=; is Excel's and no row. Raises DataError when it can't be read for certain.
     """
     csv.field_size_limit(_LONGEST_CELL)
     encoding = options.encoding or guess_encoding(path)
     width = None
     try:
         with path.open(encoding=encoding, newline="") as file:
-            separator = "\t" if path.suffix.lower() == ".tsv" else _separator(path, file.readline())
-            file.seek(0)
+            first_line = file.readline()
+            told = _TOLD.fullmatch(first_line)
+            separator = told[1] if told else "\t" if path.suffix.lower() == ".tsv" else _separator(path, first_line)
+            if not told:
+                file.seek(0)
             reader = csv.reader(file, delimiter=separator, strict=True)
             for number, cells in enumerate(reader, start=1):
                 cells = [cell.strip() for cell in cells]
                 width = width or len(cells)
                 if any(cells[width:]):
-                    raise DataError(f"{path}: is no well-formed CSV: row {number}, line {reader.line_num} has "
-                                    f"{len(cells)} fields, the first row {width}. Put a field with commas or line "
+                    raise DataError(f"{path}: is no well-formed CSV: row {number}, line {reader.line_num + bool(told)} "
+                                    f"has {len(cells)} fields, the first row {width}. Put a field with commas or line "
                                     "breaks in double quotes, or save it as .xlsx")
                 yield number, cells[:width]
-    except (UnicodeDecodeError, LookupError) as error:
+    except (UnicodeError, LookupError) as error:  # a UTF-16 without its mark is no UnicodeDecodeError
         raise DataError(f"{path}: can't be read as {encoding} ({error}). Say its encoding with --encoding, or save it "
                         "as 'CSV UTF-8' or .xlsx") from error
     except csv.Error as error:
@@ -64,13 +71,15 @@ def _separator(path: Path, first_line: str) -> str:
 def guess_encoding(path: Path) -> str:
     """Tell a text file's encoding by its mark, or UTF-8 where it is that throughout; else guess, and say so.
 
-    Raises DataError when nothing fits.
+    Raises DataError when nothing fits, or several that read otherwise.
     """
     with path.open("rb") as file:
-        start = file.read(4)
+        start = file.read(_LOOKED_AT)
         for mark, encoding in _BOMS:
             if start.startswith(mark):
                 return encoding
+        if b"\0" in start:
+            return _utf_16(path, start)
         file.seek(0)
         decoder = codecs.getincrementaldecoder("utf-8")()
         try:
@@ -80,21 +89,54 @@ def guess_encoding(path: Path) -> str:
             return "utf-8"
         except UnicodeDecodeError:
             file.seek(0)
-            sample = file.read(2 ** 16).rpartition(b"\n")[0] or start
-    from charset_normalizer import from_bytes  # here, since most files need no guess
+            sample = b""
+            for line in file:
+                sample += b"" if line.isascii() else line
+                if len(sample) >= _LOOKED_AT:
+                    break
+    found = likely_encodings(sample)
+    if not found:
+        raise DataError(f"{path}: {_damage(sample) or 'is not UTF-8 and in no encoding that could be guessed'}. Say it "
+                        "with --encoding, or save the file as 'CSV UTF-8' or .xlsx")
+    lines = zip(*(sample.decode(encoding).split("\n") for encoding in found[:2]), strict=True)
+    shown = _shown(next(readings for readings in lines if len(readings) == 1 or len(set(readings)) > 1))
+    if len(found) > 1:
+        raise DataError(f"{path}: is not UTF-8 and may be in {found[0]}: {shown[0]} or in {found[1]}: {shown[1]}. Say "
+                        "which with --encoding, or save the file as 'CSV UTF-8' or .xlsx")
+    _say_guess(path, found[0], shown[0])
+    return found[0]
 
-    found = from_bytes(sample, cp_isolation=[*_ENCODINGS])
-    best = found.best()
-    fitting = {name for match in found if match.chaos <= best.chaos
-               for name in (match.encoding, *match.could_be_from_charset)} if best else set()
-    guess = next((encoding for encoding in _ENCODINGS if encoding in fitting), None)
-    if guess is None:
-        raise DataError(f"{path}: is not UTF-8 and in no encoding that could be guessed. Say it with --encoding, or "
-                        "save the file as 'CSV UTF-8' or .xlsx")
-    first_line = sample.splitlines()[0].decode(guess, "replace")[:80]
-    say_once("WARNING", f"{path}: is not UTF-8; read as {guess}, which is a guess: its first line reads "
-                        f"{first_line!r}. Say another with --encoding")
-    return guess
+
+def _shown(readings: Sequence[str]) -> list[str]:
+    """Cut the readings of a line to where they differ, or to what is not ASCII in a single one."""
+    places = (place for place, signs in enumerate(zip(*readings, strict=False))
+              if len(set(signs)) > 1 or len(signs) == 1 and not signs[0].isascii())
+    start = max(0, next(places, 0) - 40)
+    return [repr(reading[start:start + 80].strip()) for reading in readings]
+
+
+def _damage(sample: bytes) -> str:
+    """Say where a text that is UTF-8 for the greater part is not."""
+    lines = [line for line in sample.decode("utf-8", "replace").split("\n") if "\ufffd" in line]
+    others = sum(sign > "\x7f" for sign in sample.decode("utf-8", "ignore"))
+    broken = f"is UTF-8 with {len(lines)} damaged lines, the first of them {lines[0].strip()[:80]!r}" if lines else ""
+    return broken if others > 4 * sum(line.count("\ufffd") for line in lines) else ""
+
+
+def _utf_16(path: Path, start: bytes) -> str:
+    """Tell the order of UTF-16's bytes by where those of ASCII are zero."""
+    encoding = "utf-16-le" if start[1::2].count(0) > start[::2].count(0) else "utf-16-be"
+    text = codecs.getincrementaldecoder(encoding)("replace").decode(start)
+    if "\0" in text or "\ufffd" in text:
+        raise DataError(f"{path}: holds zero bytes, and is no text in UTF-16. Save it as 'CSV UTF-8' or .xlsx")
+    lines = text.split("\n")
+    _say_guess(path, encoding, *_shown([next((line for line in lines if not line.isascii()), lines[0])]))
+    return encoding
+
+
+def _say_guess(path: Path, encoding: str, line: str) -> None:
+    say_once("WARNING", f"{path}: is not UTF-8; read as {encoding}, which is a guess: a line of it reads {line}. Say "
+                        "another with --encoding")
 
 
 def read_jsonl(path: Path, options: SheetOptions) -> Iterator[Row]:
@@ -152,7 +194,7 @@ def _decoded(path: Path, options: SheetOptions) -> Iterator[str]:
     encoding = options.encoding or "utf-8-sig"
     try:
         yield encoding
-    except (UnicodeDecodeError, LookupError) as error:
+    except (UnicodeError, LookupError) as error:
         raise DataError(f"{path}: can't be read as {encoding} ({error}). Say its encoding with --encoding") from error
 
 

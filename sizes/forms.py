@@ -19,6 +19,16 @@ _REWRITTEN = (  # what stands for the same in fewer forms
 )
 _REWRITTEN_SIGNS = frozenset("-米'")
 _BARS = re.compile(r"[0-9.]++(?: ?\| ?[0-9.]++){1,2}")
+_MONTHS = {name: number for number, names in enumerate((
+    "jan", "feb|fév", "mar|mär|mrz", "apr|avr", "may|mai", "jun", "jul", "aug|aoû", "sep", "oct|okt", "nov",
+    "dec|dez|déc"), start=1) for name in names.split("|")}
+_MONTH = f"(?P<month>{'|'.join(_MONTHS)})[.]?"
+_DATES = tuple(map(re.compile, (  # as Excel shows them, the year first, last or left out
+    r"(?<![0-9])(?P<year>(?:19|20)[0-9]{2})[-/.年](?P<month>[0-9]{1,2})[-/.月](?P<day>[0-9]{1,2})(?![0-9])",
+    r"(?<![0-9])(?P<day>[0-9]{1,2})([-/.])(?P<month>[0-9]{1,2})\2(?P<year>(?:19|20)[0-9]{2})(?![0-9])",
+    "(?<![0-9])(?P<month>[0-9]{1,2})月(?P<day>[0-9]{1,2})日",
+    rf"^(?P<day>[0-9]{{1,2}})[-. ]+{_MONTH}(?:[- ](?:19|20)?(?P<year>[0-9]{{2}}))?$",
+    rf"^{_MONTH}[- ](?:19|20)?(?P<year>[0-9]{{2}})$")))
 _BLANKS, _LINE_BREAKS = re.compile("[ \t\xa0]+"), re.compile(" ?\n[ \n]*")
 
 
@@ -39,3 +49,16 @@ def in_fewer_forms(label: str) -> str:
         for form, replacement in _REWRITTEN:
             label = form.sub(replacement, label)
     return label.replace("|", ";") if _BARS.fullmatch(label) else label
+
+
+def typed_before(label: str) -> str:
+    """List what may have been typed, as in 12-8 or 8-12, where Excel made a date of it; "" where there is no date."""
+    found = next((match.groupdict() for date in _DATES if (match := date.search(label))), None)
+    if found is None:
+        return ""
+    month = str(_MONTHS.get(found["month"]) or int(found["month"]))
+    day, year = (str(int(found[part][-2:])) if found.get(part) else "" for part in ("day", "year"))
+    orders = [(month, day), (day, month), (month, day, year), (day, month, year), (year, month, day)]
+    orders += [(month, year)] if day in ("", "1") else []  # a month begins on its first
+    typed = list(dict.fromkeys("-".join(order) for order in orders if all(order)))
+    return " or ".join(filter(None, (", ".join(typed[:-1]), typed[-1])))

@@ -11,7 +11,7 @@ from numbers import Real
 from typing import Any, Literal
 
 from ground.errors import UserError
-from sizes.forms import WEIGHT, in_fewer_forms, in_one_case
+from sizes.forms import WEIGHT, in_fewer_forms, in_one_case, typed_before
 from sizes.units import (
     AXES,
     DECODER,
@@ -147,6 +147,9 @@ def _label_in(text: str) -> Label:
     try:
         return _written_label(in_fewer_forms(label))
     except LabelError as fault:
+        if typed := typed_before(label):
+            raise LabelError(f"found a date, which Excel makes of {typed}, with -, / or . between: write it again in a "
+                             "cell of the format Text") from None
         if fault.verdict == "ambiguous" and not _SIZE_LIKE.search(label):
             fault.verdict = "no size"
         raise

@@ -116,7 +116,7 @@ def test_fewer_products_together_when_memory_runs_out(shop, tmp_path, monkeypatc
         monkeypatch.setattr(Policy, "sample", starved)
         answering.main(options_for(shop, tmp_path))
     assert sheet_of(tmp_path / "out.xlsx")["answer"].tolist() == sheet_of(tmp_path / "easy.xlsx")["answer"].tolist()
-    assert sizes == [8, 4, 4, 2, 2, 2, 2, 1]
+    assert sizes == [8, 4, 2, 2, 2, 2, 1]
 
 
 class Shop(BaseHTTPRequestHandler):

@@ -73,12 +73,21 @@ def test_non_finite_log_probs_are_a_failure_not_an_answer(dense_policy, tmp_path
     assert groups == [] and "not finite" in str(failures[0])
 
 
-def test_running_out_of_memory_names_the_option(dense_policy, tmp_path, monkeypatch):
-    def explode(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(dense_policy, "sample", explode)
-    groups, failures = groups_of(dense_policy, [sample_of(tmp_path, 2), sample_of(tmp_path, 3)], batch=2)
-    assert groups == [] and len(failures) == 2 and "--rollout_batch_size" in str(failures[0])
+def test_a_product_without_memory_is_named_and_the_others_are_sampled_in_halves(dense_policy, tmp_path, monkeypatch):
+    good, sizes = dense_policy.sample, []
+
+    def limited(prompts, *args):
+        sizes.append(len(prompts))
+        if len(prompts) > 1 or len(sizes) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return good(prompts, *args)
+
+    monkeypatch.setattr(dense_policy, "sample", limited)
+    samples = [sample_of(tmp_path, row) for row in (2, 3, 4, 5)]
+    groups, failures = groups_of(dense_policy, samples, batch=4)
+    assert sizes == [4, 2, 1, 1, 1, 1] and len(groups) == 3 and len(failures) == 1
+    assert "out of memory while sampling it alone" in str(failures[0]) and "smaller photos" in str(failures[0])
+    assert groups_of(dense_policy, samples, batch=4)[1] == [] and sizes[6:] == [1] * 4  # it is remembered
 
 
 def test_prompt_cache_is_bounded_and_gives_the_same_prompt(dense_policy, tmp_path):

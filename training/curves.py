@@ -86,11 +86,17 @@ class Curves(SummaryWriter):
             self.file_writer.add_summary(summary)
 
 
+def warn_of_failures(what: str, failures: Sequence[Any]) -> None:
+    """Name each product that could not be sampled, and the way out."""
+    for failure in failures:
+        way_out = "; lower --rollout_batch_size" if failure.reason.startswith("out of memory") else ""
+        logger.warning(f"{what}: {failure}{way_out}")
+
+
 def describe(groups: Sequence[Group], failures: Sequence[Any], processes: Processes) -> dict[str, float]:
     """Describe what all processes sampled: rewards, readable answers, groups without any signal, lengths; name here
     what failed here."""
-    for failure in failures:
-        logger.warning(f"no rollout: {failure}")
+    warn_of_failures("no rollout", failures)
     own = [(group.rewards, [part.valid for part in group.parts],
             group.action_mask.sum(1).tolist(), group.truncated.tolist()) for group in groups]
     everywhere = processes.gather((own, len(failures)))

@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 
 from config import TrainOptions
-from models.family import Prompt
+from models.family import ModelError, Prompt
 from models.policy import Policy
 from models.processes import Processes
 from models.sharding import gathered
@@ -38,18 +38,21 @@ def preflight(learner: Learner, encoder: PromptEncoder, products: Sequence[Sampl
     policy = learner.policy
     finds_out = options.micro_batch_size == 0 and policy.device.type == "cuda"
     if finds_out:
-        learner.micro_batch_size = 1
+        learner.passes.products = 1
     held = torch.cuda.memory_allocated(policy.device) if policy.device.type == "cuda" else 0
     with torch.no_grad(), gathered(policy):  # in all processes, also in one that found no product
-        items = [] if prompt is None else [longest_answers(policy, prompt, options)] * learner.micro_batch_size
+        items = [] if prompt is None else [longest_answers(policy, prompt, options)] * (learner.passes.products or 1)
     backward(learner, items, options, on_policy=False)
     learner.optimizer.zero_grad(set_to_none=True)
     peak, moments = peak_memory(policy.device), moments_to_come(learner)
-    if finds_out:
+    if policy.device.type == "cuda":
         total = torch.cuda.get_device_properties(policy.device).total_memory
-        fits = products_that_fit(total, held, peak, moments, options.minibatch_size or options.batch_size)
-        learner.micro_batch_size = least(learner.processes, fits)
-        logger.info(f"--micro_batch_size 0: {learner.micro_batch_size} products a pass to start with")
+        fits = least(learner.processes, products_that_fit(total, held, peak, moments,
+                                                          options.minibatch_size or options.batch_size))
+        refuse_too_large(fits, total, peak, moments)
+        if finds_out:
+            learner.passes.products = fits
+            logger.info(f"--micro_batch_size 0: {fits} products a pass to start with")
     if sample is not None and prompt is not None:
         logger.info(f"pre-flight: {sample.sheet} row {sample.row}, {len(prompt.input_ids)} prompt tokens, "
                     f"{options.group_size} answers of {options.max_length}, {len(items)} products a pass: "
@@ -79,10 +82,19 @@ def largest_product(encoder: PromptEncoder, products: Sequence[Sample]) -> tuple
     return best
 
 
+def refuse_too_large(fits: int, total: int, peak: int, moments: int) -> None:
+    """Raise ModelError when Adam's moments, which come with the first step, leave no room for a single product."""
+    if not fits:
+        raise ModelError(f"the largest product takes {peak / GIB:.1f} GiB and Adam's moments {moments / GIB:.1f} more; "
+                         f"the GPU has {total / GIB:.1f}, a tenth of which is kept free. Train less of the model "
+                         "(--lora_rank) or share it out (--sharding fsdp), or lower --max_pixels, --max_slice_nums, "
+                         "--max_prompt_length or --group_size")
+
+
 def products_that_fit(total: int, held: int, peak: int, moments: int, most: int) -> int:
-    """How many products a pass can take, 1 to most, after one took memory from held up to peak, all in bytes."""
+    """How many products a pass can take, 0 to most, after one took memory from held up to peak, all in bytes."""
     room = (1 - _KEPT_FREE) * total - held - moments
-    return int(max(1, min(most, room // max(peak - held, 1))))
+    return int(max(0, min(most, room // max(peak - held, 1))))
 
 
 def moments_to_come(learner: Learner) -> int:

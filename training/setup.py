@@ -20,6 +20,7 @@ from models.policy import Policy, load_policy
 from sheets.checks import count_kinds, leaks, look_over
 from sheets.fetch import download_missing
 from sheets.samples import (
+    WITHOUT_PHOTOS,
     DataError,
     RowProblem,
     Sample,
@@ -77,7 +78,7 @@ def read_sheet(path: str, options: TrainOptions, reading: SheetOptions) -> list[
     logger.info(f"{path}: {len(samples)} products, {count_photos(samples, problems)}; {describe_labels(samples)}")
     if samples and problems:
         logger.warning(f"{path}: rows with problems\n{summarise_problems(problems)}")
-    require_usable(samples, problems, path, options.image_cache_dir)
+    require_usable(samples, problems, path, options.image_cache_dir, WITHOUT_PHOTOS)
     obey_bad_rows(problems, path, options.on_bad_row)
     log_findings(path, look_over(samples))
     return samples

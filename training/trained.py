@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loguru import logger
-
 from config import TrainOptions
 from evidence.evaluation import Record, answer_together
 from ground.errors import OptionError
@@ -30,7 +28,7 @@ class TrainedModel:
     policy: Policy
     options: TrainOptions  # those of its training, or what the user said instead
     scorer: Scorer
-    batch_size: int = 8  # products answered together; halved when memory runs out
+    batch_size: int = 8  # products answered together
 
     def encoder(self, **more: Any) -> PromptEncoder:
         """Prepare prompts as in training; more: see PromptEncoder."""
@@ -41,20 +39,10 @@ class TrainedModel:
                greedy: bool = False) -> tuple[list[Record], list[RolloutFailure]]:
         """Answer a few products num_samples times each at the training temperature, or once greedily.
 
-        Many go through evaluation.in_chunks first: what is prepared for these is held all at once. Where memory runs
-        out, fewer are answered together, from then on.
+        Many go through evaluation.in_chunks first: what is prepared for these is held all at once.
         """
-        temperature = None if greedy else self.options.temperature
-        records, failures = answer_together(encoder, samples, num_samples, temperature, self.options.max_length, seed,
-                                            self.batch_size, self.scorer)
-        starved = [failure for failure in failures if failure.reason.startswith("out of memory")]
-        if not starved or self.batch_size == 1:
-            return records, failures
-        self.batch_size //= 2
-        logger.warning(f"out of memory: {self.batch_size} products together from now on")
-        others = [failure for failure in failures if failure not in starved]
-        found, failures = self.answer(encoder, [failure.sample for failure in starved], num_samples, seed, greedy)
-        return records + found, others + failures
+        return answer_together(encoder, samples, num_samples, None if greedy else self.options.temperature,
+                               self.options.max_length, seed, self.batch_size, self.scorer)
 
 
 def open_trained(options: TrainOptions, model_path: str, checkpoint_path: str | None, device: str,

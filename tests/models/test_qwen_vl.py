@@ -88,7 +88,7 @@ def test_patches_embedded_by_one_product_are_those_of_the_convolution(kind, toke
 
 
 def test_slices_are_refused_and_the_way_out_is_named(qwen_policy):
-    with pytest.raises(ModelError, match="--max_slice_nums 4.*--max_pixels"):
+    with pytest.raises(ModelError, match="max_slice_nums 4.*max_pixels"):
         Policy(qwen_policy.model, qwen_policy.tokenizer, qwen_policy.image_processor, max_slice_nums=4)
 
 

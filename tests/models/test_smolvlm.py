@@ -112,7 +112,7 @@ def test_the_bound_of_one_slice_is_the_processor_without_splitting():
 
 def test_fewer_pixels_than_a_frame_are_refused():
     policy = made("smolvlm")
-    with pytest.raises(ModelError, match=r"--max_pixels 255: .*16 x 16 pixels; give 256 .*--max_slice_nums 1"):
+    with pytest.raises(ModelError, match=r"max_pixels 255: .*16 x 16 pixels; give 256 .*max_slice_nums 1"):
         Policy(policy.model, policy.tokenizer, policy.image_processor, max_pixels=255)
 
 

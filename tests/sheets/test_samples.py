@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from sheets.samples import (
+    WITHOUT_PHOTOS,
     DataError,
     PhotoError,
     RowProblem,
@@ -158,7 +159,7 @@ def test_a_product_without_sku_id_is_known_by_its_text_and_photos(tmp_path):
 
 @pytest.mark.parametrize("header, missing, nearest", [
     (("sku_id", "text", "lable"), "label", "'lable'"),
-    (("sku_id", "Text", "label"), "text", "'Text'"),
+    (("sku_id", "Texts", "label"), "text", "'Texts'"),
 ])
 def test_a_missing_column_is_named_with_the_nearest_and_those_there(header, missing, nearest, tmp_path):
     path = write_sheet(tmp_path / "mugs.xlsx", [("1", "a mug", "1 2 3")], header=header)
@@ -244,7 +245,13 @@ def test_missing_photos(missing_photos, photos_of_row, tmp_path):
     assert [(problem.row, problem.used) for problem in problems] == [(3, 3 in photos_of_row), (4, 4 in photos_of_row)]
     for problem, column, name in zip(problems, ("spu_img_1", "sku_img"), ("lost", "gone"), strict=True):
         expected = cached_photo_path(ADDRESS.format(name), tmp_path / "cache")
-        assert problem.problem == f"photo missing: {column} {ADDRESS.format(name)} (expected as {expected})"
+        assert problem.problem == (f"photo missing: {column} {ADDRESS.format(name)} (expected as {expected}; python "
+                                   "download_images.py fetches it)")
+
+
+def test_a_missing_file_is_named_where_it_was_looked_for(tmp_path):
+    [problem] = load(write_sheet(tmp_path / "mugs.csv", [("1", "a mug", "1 2 3", "photos/a.jpg")]))[1]
+    assert problem.problem == f"photo missing: sku_img photos/a.jpg (expected as {tmp_path / 'photos/a.jpg'})"
 
 
 def test_placeholders_stand_in_for_missing_photos(tmp_path):
@@ -316,11 +323,12 @@ def test_require_usable_says_why_nothing_is_left(tmp_path):
         ("3", "a jug", "1 2 3", "https://x.example/c.jpg")])
     samples, problems = load(path)
     with pytest.raises(DataError) as error:
-        require_usable(samples, problems, path, tmp_path / "cache")
+        require_usable(samples, problems, path, tmp_path / "cache", WITHOUT_PHOTOS)
     message = str(error.value)
     assert f"{path}: no row can be used, of 3: label missing (1 row), photo missing (2 rows)." in message
     assert "The first: row 2 (1): photo missing: sku_img https://x.example/a.jpg" in message
     assert f"looked for in {tmp_path / 'cache'}" in message and "--missing_photos text_only" in message
+    assert f"Fetch them: python download_images.py --data_path {path} --image_cache_dir {tmp_path / 'cache'}" in message
     assert "Fill in the text and label" in message
 
     samples, problems = load(path, missing_photos="text_only")
@@ -332,6 +340,9 @@ def test_require_usable_gives_only_advice_that_helps(tmp_path):
     with pytest.raises(DataError) as error:
         require_usable(*load(path), path, tmp_path)
     assert "text_only" not in str(error.value) and "Fill in" in str(error.value)
+    path = write_sheet(tmp_path / "mugs.csv", [("1", "a mug", "1 2 3", "photos/a.jpg")])
+    with pytest.raises(DataError, match="Put them there, or give their folder with --image_cache_dir[.]$"):
+        require_usable(*load(path), path, tmp_path)
     with pytest.raises(DataError, match="no rows below its header"):
         require_usable(*load(write_sheet(tmp_path / "bare.csv", [])), tmp_path / "bare.csv", tmp_path)
 

@@ -1,5 +1,6 @@
 """Sheets as people keep them: encodings, separators, worksheets, merged cells, formulas, mapped columns."""
 
+import datetime
 import importlib.util
 import io
 import json
@@ -11,6 +12,7 @@ import pytest
 from loguru import logger
 
 from config import SheetOptions
+from sheet_kinds import WRITERS, write_xls
 from sheets.cells import DataError
 from sheets.columns import ProductRow, read_sheet
 from sheets.samples import load_samples
@@ -43,10 +45,11 @@ def book_of(path, fill):
 
 TEXTS = {
     "gb18030": "标题,尺寸\n" + "不锈钢保温杯 大容量,12*8*15厘米\n" * 20,
-    "big5": "標題,尺寸\n" + "不鏽鋼保溫杯大容量,12*8*15公分\n" * 20,
-    "shift_jis": "商品名,サイズ\n" + "ステンレスマグカップ,12x8x15cm\n" * 20,
-    "euc_kr": "상품명,크기\n" + "스테인리스 머그컵,12x8x15cm\n" * 20,
+    "cp950": "標題,尺寸\n" + "不鏽鋼保溫杯大容量,12*8*15公分\n" * 20,
+    "cp932": "商品名,サイズ\n" + "ステンレスマグカップ,12x8x15cm\n" * 20,
+    "cp949": "상품명,크기\n" + "스테인리스 머그컵,12x8x15cm\n" * 20,
     "cp1252": "Bezeichnung,Größe\n" + "Küchentisch für die große Küche – schön,12 8 15\n" * 20,
+    "euc_jp": "商品名,サイズ\n" + "ステンレスマグカップ,12x8x15cm\n" * 20,
     "cp1251": "название,размер\n" + "Кружка из нержавеющей стали,12x8x15\n" * 20,
 }
 
@@ -67,8 +70,8 @@ def test_unicode_is_known_by_itself(encoding, tmp_path, logged):
 
 
 def test_a_short_sheet_is_guessed_and_a_named_encoding_is_obeyed(tmp_path):
-    path = csv_of(tmp_path, "text,label\n杯子,1 2 3\n", "gbk")
-    assert read(path)[0].text == "杯子"
+    path = csv_of(tmp_path, "text,label\n不锈钢杯子,1 2 3\n", "gbk")
+    assert read(path)[0].text == "不锈钢杯子"
     assert read(csv_of(tmp_path, "text,label\n杯子,1 2 3\n", "big5"), encoding="big5")[0].text == "杯子"
     for wrong in ("ascii", "no such"):
         with pytest.raises(DataError, match=f"can't be read as {wrong}"):
@@ -172,6 +175,20 @@ def test_worksheets_by_name(tmp_path, logged):
         read(csv_of(tmp_path, "text,label\n"), sheet_name="May")
 
 
+def test_a_label_that_excel_made_a_date_of_says_so(tmp_path):
+    def fill(book):
+        book.active.append(["text", "label"])
+        for place, (date, form) in enumerate([(datetime.date(2024, 5, 12), 'm"月"d"日"'),
+                                              (datetime.datetime(2015, 12, 8), "d-mmm-yy"), ("12 8 15", "@")], 2):
+            book.active.append(["mug", date])
+            book.active.cell(place, 2).number_format = form
+
+    samples, problems = load_samples(book_of(tmp_path / "data.xlsx", fill), tmp_path)
+    assert [sample.row for sample in samples] == [4]
+    assert [problem.row for problem in problems if problem.kind == "label ambiguous"] == [2, 3]
+    assert "Excel makes of 5-12, 12-5" in problems[0].detail and "8-12-15 or 15-12-8" in problems[1].detail
+
+
 def test_formulas_give_their_stored_values(tmp_path, logged):
     def fill(book):
         book.active.append(["text", "label"])
@@ -233,49 +250,13 @@ CELLS = [["text", "label", "sku_id"], ["mug", "12 8 15", "007"], ["=1+1", "0.1",
          ["NA", "12", "123456789012345678"]]
 
 
-def write_ods(path, rows):
-    """Write a spreadsheet of the OpenDocument kind by hand: every cell text."""
-    body = "".join("<table:table-row>" + "".join(
-        f'<table:table-cell office:value-type="string"><text:p>{cell}</text:p></table:table-cell>' for cell in row)
-        + "</table:table-row>" for row in rows)
-    spaces = " ".join(f'xmlns:{name}="urn:oasis:names:tc:opendocument:xmlns:{name}:1.0"'
-                      for name in ("office", "table", "text"))
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("mimetype", "application/vnd.oasis.opendocument.spreadsheet")
-        archive.writestr("META-INF/manifest.xml", '<manifest xmlns="urn:oasis:names:tc:opendocument:xmlns:manifest:1.0"'
-                                                  '/>')
-        archive.writestr("content.xml", f'<office:document-content {spaces}><office:body><office:spreadsheet>'
-                                        f'<table:table table:name="products">{body}</table:table>'
-                                        '</office:spreadsheet></office:body></office:document-content>')
-
-
-def write_xls(path, rows):
-    import xlwt
-
-    book = xlwt.Workbook()
-    sheet = book.add_sheet("products")
-    for place, row in enumerate(rows):
-        for column, cell in enumerate(row):
-            sheet.write(place, column, cell)
-    book.save(str(path))
-
-
-def write_objects(path, rows):
-    path.write_text(json.dumps([dict(zip(rows[0], row, strict=True)) for row in rows[1:]]), encoding="utf-8")
-
-
-WRITERS = {".xlsx": write_table, ".xlsm": lambda path, rows: write_table(path.with_suffix(".xlsx"), rows)
-           or path.with_suffix(".xlsx").rename(path), ".ods": write_ods, ".xls": write_xls, ".json": write_objects,
-           ".tsv": lambda path, rows: path.write_text("\n".join("\t".join(row) for row in rows), encoding="utf-8")}
-
-
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_sheet_of_any_kind_reads_the_same(tmp_path, kind):
     WRITERS[kind](tmp_path / f"data{kind}", CELLS)
     rows = [cells for _, cells in read_table(tmp_path / f"data{kind}", SheetOptions())]
     assert rows == CELLS
     products = read(tmp_path / f"data{kind}")
-    assert [product.number for product in products] == ([1, 2, 3] if kind == ".json" else [2, 3, 4])
+    assert [product.number for product in products] == ([1, 2, 3] if kind in (".json", ".jsonl") else [2, 3, 4])
 
 
 def test_parquet_keeps_long_ids_or_says_what_to_install(tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import math
 import random
+import re
 import time
 from pathlib import Path
 
@@ -298,3 +299,26 @@ def test_long_labels_take_no_longer_than_short_ones(piece):
         with pytest.raises(LabelError):
             parse_label((piece * length)[:length])
         assert time.perf_counter() - begin < 0.2
+
+
+@pytest.mark.parametrize(("label", "typed"), [
+    ("2024-05-12", "5-12, 12-5, 5-12-24, 12-5-24 or 24-5-12"),
+    ("2015-12-08 00:00:00", "12-8, 8-12, 12-8-15, 8-12-15 or 15-12-8"),
+    ("2015/12/8", "12-8, 8-12, 12-8-15, 8-12-15 or 15-12-8"),
+    ("2012年8月15日", "8-15, 15-8, 8-15-12, 15-8-12 or 12-8-15"),
+    ("08.12.2015", "12-8, 8-12, 12-8-15, 8-12-15 or 15-12-8"),
+    ("12-May", "5-12 or 12-5"), ("5月12日", "5-12 or 12-5"), ("12. Mai", "5-12 or 12-5"),
+    ("8-Dec-15", "12-8, 8-12, 12-8-15, 8-12-15 or 15-12-8"),
+    ("Dec-45", "12-45"), ("1945-12-01", "12-1, 1-12, 12-1-45, 1-12-45, 45-12-1 or 12-45"),
+    ("length: 2024-05-12, width: 8, height: 15", "5-12, 12-5, 5-12-24, 12-5-24 or 24-5-12"),
+])
+def test_a_date_that_excel_made_says_what_was_typed(label, typed):
+    with pytest.raises(LabelError, match=f"a date, which Excel makes of {re.escape(typed)}, with") as error:
+        parse_label(label)
+    assert error.value.verdict == "ambiguous"
+
+
+@pytest.mark.parametrize("label", ["12-8-15", "12 x 8 x 2015-12", "maybe 12", "5/12", "1.5/1.8m*2m*5cm"])
+def test_what_is_no_date_is_refused_for_what_it_is(label):
+    with pytest.raises(LabelError, match="^(?!.*Excel)"):
+        parse_label(label)

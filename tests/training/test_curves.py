@@ -15,12 +15,12 @@ from evidence.evaluation import Record
 from ground.errors import OptionError
 from ground.options import check_options
 from reward import score_answer
-from rollout import Group
+from rollout import Group, RolloutFailure
 from runs import train_options
 from sheets.samples import Sample
 from tiny import noise_photo
 from training.checkpoint import is_better, read_best
-from training.curves import MEANINGS, candidate_table, photo_strip, telling
+from training.curves import MEANINGS, candidate_table, photo_strip, telling, warn_of_failures
 from training.trained import options_of
 
 
@@ -126,6 +126,15 @@ def give_rewards(monkeypatch, evaluations):
                 for record, reward in zip(records, next(evaluations), strict=False) if reward is not None], failures
 
     monkeypatch.setattr(training, "evaluate", evaluate)
+
+
+def test_what_could_not_be_sampled_is_named_with_a_way_out(said):
+    sample = Sample(row=3, product_id="B1", text="mug", label=(), photos=(), sheet="mugs.csv")
+    warn_of_failures("no rollout", [RolloutFailure(sample, "out of memory while sampling 4 products x 12 answers"),
+                                    RolloutFailure(sample, "photo truncated")])
+    lines = "".join(said)
+    assert "mugs.csv row 3 (B1): out of memory while sampling 4 products x 12 answers; lower --rollout_batch" in lines
+    assert "no rollout: mugs.csv row 3 (B1): photo truncated\n" in lines
 
 
 def test_the_best_weights_are_kept_and_a_run_that_stands_still_ends(shop, tmp_path, monkeypatch, said):

@@ -18,12 +18,13 @@ from config import TrainOptions
 from ground.errors import OptionError
 from ground.files import whole_folder
 from models.family import ModelError
+from models.policy import Policy
 from replay_buffer import ReplayBuffer
 from rounding import float64
-from runs import one_step, train_options, weights, write_shop
+from runs import one_step, tags, train_options, weights, write_shop
 from training import checkpoint, curves
 from training.checkpoint import find_damage, list_checkpoints, write_checksums
-from training.preflight import largest_product, moments_to_come, products_that_fit
+from training.preflight import GIB, largest_product, moments_to_come, products_that_fit, refuse_too_large
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +285,7 @@ def test_micro_batches_halve_when_memory_runs_out(shop, tmp_path, said, monkeypa
         sizes = out_of_memory_above(2, monkeypatch)
         found = training.train(train_options(shop, tmp_path / "b", **settings, micro_batch_size=0, preflight=False))
     assert sizes == [5, 2, 2, 1, 2, 2, 1]
-    assert "out of memory with 5 products a pass: going on with 2" in "".join(said)
+    assert "out of memory with 5 products a pass while updating: going on with 2" in "".join(said)
     one, other = weights(wanted), weights(found)
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-9
 
@@ -295,14 +296,56 @@ def test_the_pre_flight_meets_the_shortage_first(shop, tmp_path, said, monkeypat
     assert sizes == [5, 2, 2, 1, 2, 2, 1]  # five times the largest product, then the five of the step
 
 
-def test_a_size_that_was_asked_for_is_not_changed(shop, tmp_path, monkeypatch):
-    out_of_memory_above(2, monkeypatch)
-    options = train_options(shop, tmp_path, eval_every=0, micro_batch_size=3)
-    with pytest.raises(ModelError, match="with 3 products a pass: go on with --resume auto --micro_batch_size 1 "):
-        training.train(options)
+def short_of_memory(name, monkeypatch):
+    """Leave one of a policy's passes room for two products; returns the sizes tried."""
+    good, sizes = getattr(Policy, name), []
+
+    def limited(policy, prompts, *args, **more):
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError
+        return good(policy, prompts, *args, **more)
+
+    monkeypatch.setattr(Policy, name, limited)
+    return sizes
+
+
+def test_every_pass_halves_and_no_product_is_lost(shop, tmp_path, said, monkeypatch):
+    """Sampling, held-out evaluation, reference and update have room for two products at most, each from then on."""
+    settings = dict(batch_size=5, rollout_batch_size=5, micro_batch_size=5, max_steps=2, eval_every=1, epochs=2)
+    with float64():
+        wanted = training.train(train_options(shop, tmp_path / "a", **settings))
+        sizes = out_of_memory_above(2, monkeypatch)
+        tried = {name: short_of_memory(name, monkeypatch) for name in ("sample", "log_probs")}
+        found = training.train(train_options(shop, tmp_path / "b", **settings, preflight=False))
+    assert [size for size in tried["sample"] if size > 2] == [5] and [size for size in sizes if size > 2] == []
+    assert [size for size in tried["log_probs"] if size > 2] == [5]  # the reference comes first
+    assert "while sampling: going on with 2 (no more is known)" in "".join(said)
+    assert "while taking log-probs: going on with 2" in "".join(said)
+    one, other = weights(wanted), weights(found)
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-9
+    assert tags(tmp_path / "a/logs")["returns"] == tags(tmp_path / "b/logs")["returns"]
+
+
+def test_no_memory_for_one_product_names_it(shop, tmp_path, monkeypatch):
     out_of_memory_above(0, monkeypatch)
-    with pytest.raises(ModelError, match="with 1 products a pass: lower --max_pixels"):
-        training.train(replace(options, micro_batch_size=0))
+    options = train_options(shop, tmp_path, eval_every=0, preflight=False)
+    with pytest.raises(ModelError, match="one product a pass, data.xlsx row [0-9]+: lower --max_pixels.*--lora_rank"):
+        training.train(options)
+    run, buffer = one_step(options)
+    monkeypatch.setattr(run.learner.policy, "log_probs", out_of_memory)
+    with pytest.raises(ModelError, match="one product a pass, data.xlsx row [0-9]+: lower --max_pixels"):
+        update.log_probs_under(run.learner.policy, buffer.items, run.learner.passes, 1.0)
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_an_optimizer_without_memory_says_what_helps(shop, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim.AdamW, "step", out_of_memory)
+    with pytest.raises(ModelError, match="in the optimizer's step.*--resume auto.*--lora_rank"):
+        training.train(train_options(shop, tmp_path, eval_every=0))
 
 
 def test_the_pre_flight_says_what_it_took_and_moves_nothing(shop, tmp_path, said):
@@ -338,9 +381,16 @@ def test_adams_moments_are_foretold(shop, tmp_path):
 @pytest.mark.parametrize(("peak", "moments", "fits"), [
     (30, 0, 7),     # 90 % of 100, 20 held: 70 for passes of 10
     (30, 8, 6),     # 62
-    (110, 0, 1),    # not even one, but one is the least
+    (110, 0, 0),    # not even one
+    (30, 75, 0),    # nor where the moments take the room
     (21, 0, 16),    # 70 would fit; no more than a minibatch
     (20, 0, 16),
 ])
 def test_products_that_fit(peak, moments, fits):
     assert products_that_fit(total=100, held=20, peak=peak, moments=moments, most=16) == fits
+
+
+def test_moments_that_leave_no_room_are_refused():
+    refuse_too_large(fits=1, total=80 * GIB, peak=70 * GIB, moments=60 * GIB)
+    with pytest.raises(ModelError, match="takes 30.0 GiB and Adam's moments 60.0 more; the GPU has 80.0.*--lora_rank"):
+        refuse_too_large(fits=0, total=80 * GIB, peak=30 * GIB, moments=60 * GIB)

@@ -130,7 +130,7 @@ def short_of_memory(folder):
                                    output_dir=str(folder / "short")))
     update.log_probs_of = good
     logger.remove(sink)
-    assert sum("out of memory with 2 products a pass: going on with 1" in line for line in said) == dist.get_rank()
+    assert sum("with 2 products a pass while updating: going on with 1" in line for line in said) == dist.get_rank()
 
 
 def planted_nan(folder, sharding):
