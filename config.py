@@ -149,6 +149,13 @@ class LossOptions:
     reward: list[str] = option([], REWARD)
     kl_weight: float = option(
         0.01, "weight of the KL term towards the reference policy; 0 leaves it out of the loss", within="[0, inf)")
+    ref_sync_every: int = option(
+        0, "steps after which the reference policy moves to where the policy is; for long runs in which a growing "
+           "kl_divergence holds back a policy that still gets better; 0: never. Not with lora_rank; checkpoints then "
+           "hold the reference policy too", within="[0, inf)")
+    ref_sync_mix: float = option(
+        1.0, "how far it moves: its weights become (1 - ref_sync_mix) * its own + ref_sync_mix * the policy's; below 1 "
+             "for moves that come often, 0.6 is usual", within="(0, 1]")
     clip_eps: float = option(0.2, "the ratio is clipped to [1 - clip_eps, 1 + clip_eps]", within="(0, 1)")
     clip_eps_high: float | None = option(None, "another upper clip: 1 + clip_eps_high (clip-higher)", within="(0, inf)")
     clip_ratio_c: float | None = option(

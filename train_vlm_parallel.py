@@ -37,7 +37,14 @@ from ground.options import write_options
 from loss import group_advantages
 from models.policy import Policy
 from models.processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
-from models.sharding import gathered, load_optimizer_state, shard_all, whole_optimizer_state, whole_weights
+from models.sharding import (
+    gathered,
+    load_optimizer_state,
+    load_whole_weights,
+    shard_all,
+    whole_optimizer_state,
+    whole_weights,
+)
 from models.trainable import parameter_table, set_trainable
 from own_reward import Scorer
 from prompts import read_template
@@ -115,6 +122,7 @@ def train(options: TrainOptions) -> Path | None:
                 metrics = update(run.learner, buffer, options, step)
             metrics |= describe(groups, failures, run.processes) | {"lr": rate}
             count_bad_step(run, metrics, step + 1)
+            sync_reference(run, options, step + 1)
             if run.writer:
                 log_step(run.writer, step + 1, options.max_steps, metrics, seconds)
                 log_groups(run.writer, groups, buffer.items, options, step + 1)
@@ -156,6 +164,12 @@ def count_bad_step(run: Run, metrics: dict[str, float], step: int) -> None:
     run.bad_steps = [*run.bad_steps, why]
     if run.processes.main:
         logger.warning(f"step {step}: no optimizer step: {why}")
+
+
+def sync_reference(run: Run, options: TrainOptions, step: int) -> None:
+    """Every ref_sync_every steps, move the reference policy towards the policy (TR-DPO, arXiv 2404.09656)."""
+    if options.ref_sync_every and step % options.ref_sync_every == 0:
+        run.reference.move_towards(run.policy, options.ref_sync_mix)
 
 
 def finish_step(run: Run, options: TrainOptions, step: int, interruption: Interruption) -> bool:
@@ -212,6 +226,8 @@ def save(run: Run, options: TrainOptions, step: int) -> None:
     state = {"step": step, "first": run.first, "why_bad": run.bad_steps, "world": world,
              "products_per_step": options.batch_size * world,
              "optimizer": whole_optimizer_state(run.learner.optimizer, keep=main)}
+    if options.ref_sync_every:
+        state["reference"] = whole_weights(run.reference, keep=main)
     try:
         run.last_saved = run.processes.once(lambda: save_checkpoint(run.policy, options, step, state, weights), OSError)
     except OSError as problem:
@@ -264,6 +280,8 @@ def take_up(run: Run, options: TrainOptions, resume_from: Path) -> None:
     """Take up the optimizer and the place of the run that is resumed."""
     state = read_state(resume_from, options, run.processes.world)
     load_optimizer_state(run.learner.optimizer, state["optimizer"])
+    if "reference" in state and run.reference:
+        load_whole_weights(run.reference, state["reference"])
     run.start, run.first, run.bad_steps = state["step"], state.get("first", {}), state.get("why_bad", [])
     logger.info(f"resuming from {resume_from} at step {run.start} of {options.max_steps}"
                 + (": nothing left to do" if run.start >= options.max_steps else ""))

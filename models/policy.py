@@ -124,6 +124,12 @@ class Policy:
         else:
             load_weights(self.model, path)
 
+    @torch.no_grad()
+    def move_towards(self, other: "Policy", mix: float) -> None:
+        """Move every weight towards that of another policy of the same model: (1 - mix) * own + mix * other."""
+        for own, its in zip(self.model.parameters(), other.model.parameters(), strict=True):
+            own.copy_((1 - mix) * own.to(its.dtype) + mix * its)
+
     def merge_adapter(self) -> None:
         """Add the adapter to the model's weights, for good."""
         lora.merge_adapter(self.adapter)

@@ -69,6 +69,14 @@ def whole_weights(policy: Policy, keep: bool) -> dict[str, Tensor]:
     return kept
 
 
+def load_whole_weights(policy: Policy, weights: dict[str, Tensor]) -> None:
+    """Take on what whole_weights gave, each process its share."""
+    for name, own in policy.model.state_dict().items():
+        if name in weights:
+            value = weights[name].to(own.device, own.dtype)
+            own.copy_(distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value)
+
+
 def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
     """The optimizer's state_dict as one process alone would have it, so that any number of processes can go on."""
     state = optimizer.state_dict()

@@ -1,5 +1,6 @@
 """What learning may need: off by default to the bit, each option reaching what it names, processes and resumed runs."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -69,7 +70,8 @@ def test_the_defaults_are_plain_grpo_to_the_bit(options, monkeypatch):
 
 
 CHANGES = [{"scale_advantages": "batch"}, {"scale_advantages": "none"}, {"ratio_level": "sequence"},
-           {"clip_ratio_c": 1.01}, {"entropy_weight": 0.1}, {"adam_eps": 1e-3}]
+           {"clip_ratio_c": 1.01}, {"entropy_weight": 0.1}, {"adam_eps": 1e-3},
+           {"ref_sync_every": 1}]
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
@@ -121,3 +123,32 @@ def test_the_first_step_of_adam_by_hand(eps, moved):
     weight.grad = torch.tensor([0.5])
     optimizer.step()
     assert weight.item() == pytest.approx(-moved)
+
+
+def test_a_policy_moves_towards_another_by_hand(dense_policy):
+    other = copy.deepcopy(dense_policy)
+    with torch.no_grad():
+        for own, its in zip(dense_policy.model.parameters(), other.model.parameters(), strict=True):
+            own.fill_(4.0)
+            its.fill_(8.0)
+    dense_policy._head.weight.data = dense_policy._head.weight.data.bfloat16()
+    dense_policy.move_towards(other, 0.25)  # 0.75 * 4 + 0.25 * 8
+    assert {float(weight.min()) for weight in dense_policy.model.parameters()} == {5.0}
+    dense_policy.move_towards(other, 1.0)
+    assert {float(weight.min()) for weight in dense_policy.model.parameters()} == {8.0}
+    assert dense_policy._head.weight.dtype == torch.bfloat16
+
+
+def test_the_reference_follows_every_so_many_steps(options):
+    options = replace(options, minibatch_size=None, epochs=1, max_steps=5, ref_sync_every=2)
+    training.train(options)
+    kl = [value for _, value in tags(options.log_dir)["kl_divergence"]]  # taken before a step's only update
+    assert [abs(value) < 1e-6 for value in kl] == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("mix", [1.0, 0.6])
+def test_a_resumed_run_goes_on_with_the_reference_it_had(options, mix):
+    settings = dict(ref_sync_every=2, ref_sync_mix=mix, max_steps=6, save_every=3)
+    whole = trained(options, "whole", **settings)
+    trained(options, "stopped", **settings | {"max_steps": 3})
+    assert equal(whole, trained(options, "stopped", **settings, resume="auto"))
