@@ -137,6 +137,10 @@ class RolloutOptions:
     group_size: int = option(12, "candidates a product", within="(0, inf)")
     max_length: int = option(64, "new tokens of a candidate, at most", within="(0, inf)")
     temperature: float = option(0.7, "sampling temperature; log-probs are taken at the same one", within="(0, inf)")
+    resample_flat: int = option(
+        0, "times at most that a group whose answers all earn the same is sampled again; one that stays so is left out "
+           "of the update; for when zero_variance_share is high, so that few groups steer a step; 0: all are kept, and "
+           "such groups add their KL term alone", within="[0, inf)")
     rollout_batch_size: int = option(
         4, "products sampled together, halved where memory runs out; more is faster", within="(0, inf)")
     prompt_cache_mb: int = option(512, "host memory for prepared prompts and photos, in MiB", within="[0, inf)")

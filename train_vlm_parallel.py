@@ -49,7 +49,7 @@ from models.trainable import parameter_table, set_trainable
 from own_reward import Scorer
 from prompts import read_template
 from replay_buffer import Experience, ReplayBuffer
-from rollout import Group, PromptEncoder, rollout_groups
+from rollout import Group, PromptEncoder, RolloutFailure, rollout_groups, sample_flat_again
 from sheets.samples import DataError, Sample, products_of_step
 from training.checkpoint import find_resume, is_better, keep_best, read_best, read_state, save_checkpoint
 from training.curves import Bounds, Curves, describe, log_groups, log_held_out, log_step, warn_of_failures
@@ -111,21 +111,18 @@ def train(options: TrainOptions) -> Path | None:
             coming = products_at(step + 1, run, options) if step + 1 < options.max_steps else []
             run.encoder.prefetch([*products, *coming])
             with timed(seconds, "rollout"), gathered(run.policy):
-                groups, failures = rollout_groups(run.encoder, products, options.group_size, options.temperature,
-                                                  options.max_length, f"{options.seed}/{step}",
-                                                  options.rollout_batch_size)
-                run.scorer.rescore(groups)
+                groups, trained, failures = roll_out(run, products, options, f"{options.seed}/{step}")
             with timed(seconds, "reference"):
-                buffer = fill_buffer(groups, run, options)
+                buffer = fill_buffer(trained, run, options)
             with timed(seconds, "update"):
                 set_learning_rate(run.learner.optimizer, rate)
                 metrics = update(run.learner, buffer, options, step)
-            metrics |= describe(groups, failures, run.processes) | {"lr": rate}
+            metrics |= describe(groups, trained, failures, run.processes) | {"lr": rate}
             count_bad_step(run, metrics, step + 1)
             sync_reference(run, options, step + 1)
             if run.writer:
                 log_step(run.writer, step + 1, options.max_steps, metrics, seconds)
-                log_groups(run.writer, groups, buffer.items, options, step + 1)
+                log_groups(run.writer, groups, trained, buffer.items, options, step + 1)
                 bounds.look(metrics, step + 1)
             bar.update(per_step)
             if finish_step(run, options, step + 1, interruption):
@@ -153,6 +150,21 @@ def products_at(step: int, run: Run, options: TrainOptions) -> list[Sample]:
                              run.processes.world)]
 
 
+def roll_out(run: Run, products: Sequence[Sample], options: TrainOptions, seed: str
+             ) -> tuple[list[Group], list[Group], list[RolloutFailure]]:
+    """Sample and score a group for each product; also returns those to train on, and what failed."""
+    def sample(some: Sequence[Sample], own_seed: str) -> tuple[list[Group], list[RolloutFailure]]:
+        groups, failures = rollout_groups(run.encoder, some, options.group_size, options.temperature,
+                                          options.max_length, own_seed, options.rollout_batch_size)
+        run.scorer.rescore(groups)
+        return groups, failures
+
+    groups, failures = sample(products, seed)
+    trained, failed_again = sample_flat_again(groups, options.resample_flat,
+                                              lambda flat, number: sample(flat, f"{seed}/{number}"))
+    return groups, trained, [*failures, *failed_again]
+
+
 def count_bad_step(run: Run, metrics: dict[str, float], step: int) -> None:
     """Note why a step moved no weight; one that moved them ends the row of bad ones."""
     if metrics["optimizer_steps"]:
@@ -160,6 +172,7 @@ def count_bad_step(run: Run, metrics: dict[str, float], step: int) -> None:
         return
     why = ("no answer could be sampled" if "returns" not in metrics else
            "loss or gradient not finite" if metrics["skipped_minibatches"] else
+           "every group without spread, however often sampled (--resample_flat)" if not metrics["trained_groups"] else
            "every answer left out by --mask_truncated")
     run.bad_steps = [*run.bad_steps, why]
     if run.processes.main:

@@ -13,7 +13,10 @@ from config import TrainOptions
 from ground.options import read_options
 from loss import LOG_RATIO_LIMIT, LossTerms, VLM_GRPOLoss, approx_kl_divergence, masked_mean
 from models.processes import Processes
+from reward import RewardParts
+from rollout import Group, sample_flat_again
 from runs import tags, train_options, weights
+from sheets.samples import Sample
 
 
 @pytest.fixture
@@ -152,3 +155,60 @@ def test_a_resumed_run_goes_on_with_the_reference_it_had(options, mix):
     whole = trained(options, "whole", **settings)
     trained(options, "stopped", **settings | {"max_steps": 3})
     assert equal(whole, trained(options, "stopped", **settings, resume="auto"))
+
+
+def group_of(row, *rewards):
+    """A group of one-token answers that earn so much."""
+    sample = Sample(row=row, product_id=str(row), text="", label=(), photos=(), sheet="s.xlsx")
+    ones = [[1]] * len(rewards)
+    parts = [RewardParts(reward, (), (), True, "") for reward in rewards]
+    return Group(sample, None, None, torch.tensor(ones), torch.tensor(ones).bool(), torch.zeros(len(rewards), 1),
+                 torch.zeros(len(rewards)).bool(), [""] * len(rewards), parts)
+
+
+def test_groups_without_spread_are_sampled_again_and_those_that_stay_so_left_out():
+    asked = []
+    later = {(2, 1): group_of(2, 0.5, 0.5), (2, 2): group_of(2, 0.1, 0.9), (3, 1): group_of(3, 1.0, 1.0),
+             (3, 2): group_of(3, 1.0, 1.0)}
+
+    def sample(products, number):
+        asked.append((number, [product.row for product in products]))
+        return [later[product.row, number] for product in products if product.row != 4], [f"4, time {number}"]
+
+    groups = [group_of(1, 0.2, 0.3), group_of(2, 0.7, 0.7), group_of(3, 0.0, 0.0), group_of(4, 0.0, 0.0)]
+    kept, failed = sample_flat_again(groups, 2, sample)
+    assert asked == [(1, [2, 3, 4]), (2, [2, 3, 4])] and failed == ["4, time 1", "4, time 2"]
+    assert kept == [groups[0], later[2, 2]]
+    assert sample_flat_again(groups, 0, sample) == (groups, []) and len(asked) == 2
+    assert sample_flat_again(groups[:1], 5, sample) == (groups[:1], []) and len(asked) == 2
+
+
+def coarse(options, tmp_path, expression, **changes):
+    """Options with a reward of few values."""
+    (tmp_path / "coarse.py").write_text(f"def reward(answer, label, sample):\n    return {expression}\n")
+    return replace(options, reward=[f"{tmp_path}/coarse.py:reward"], resample_flat=2, max_steps=3, save_every=3,
+                   **changes)
+
+
+def test_what_is_trained_on_has_spread_and_what_is_shown_was_sampled_first(options, tmp_path, monkeypatch):
+    good, seen = training.update, []
+
+    def watched(learner, buffer, *args):
+        seen.append([bool(item.advantages.any()) for item in buffer.items])
+        return good(learner, buffer, *args)
+
+    monkeypatch.setattr(training, "update", watched)
+    again = coarse(options, tmp_path, "float(len(answer) % 4 == 0)", show_every=1)
+    once = replace(again, resample_flat=0, output_dir=f"{tmp_path}/once", log_dir=f"{tmp_path}/once_logs", max_steps=1)
+    training.train(once)
+    kept_before = seen.pop()
+    training.train(again)
+    assert not all(kept_before) and all(all(step) for step in seen)
+    first, plain = tags(again.log_dir), tags(once.log_dir)
+    assert [value for _, value in first["trained_groups"]] == [len(step) for step in seen]
+    assert all(first[name][0] == plain[name][0] for name in ("returns", "zero_variance_share"))
+
+
+def test_steps_in_which_nothing_has_spread_end_the_run_and_say_why(options, tmp_path):
+    with pytest.raises(training.BadRun, match=r"every group without spread.*--resample_flat\) in 2"):
+        training.train(coarse(options, tmp_path, "1.0", max_bad_steps=2))
