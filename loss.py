@@ -75,6 +75,7 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
     - entropy_weight * entropy, then loss_type "grpo": masked mean over an answer's tokens, mean over answers
     (arXiv 2402.03300); "dapo": mean over all tokens (arXiv 2503.14476); "dr_grpo": sum / (answers * max_length)
     (arXiv 2503.20783).
+    entropy: that of the next token, a bonus against answers that are all alike (arXiv 1602.01783).
     ratio_level "token": ratio = pi / pi_old of each token; "sequence": of each token the geometric mean over its answer
     (GSPO, arXiv 2507.18071, eq. 5 and 7).
     clip_ratio_c: for A < 0 the first term is -clip_ratio_c * A at most, which else grows with the ratio without bound
