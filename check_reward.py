@@ -99,11 +99,11 @@ def examine(options: CheckRewardOptions) -> str:
                          options.eval_batch_size)
     encoder, groups, greedy = model.encoder(), [], []
     for chunk in in_chunks(encoder, samples[:options.max_products], options.eval_batch_size, "answering"):
-        for records, greedily in ((groups, False), (greedy, True)):
-            found, failures = model.answer(encoder, chunk, options.group_size, options.seed, greedily)
-            records += found
-            for failure in [] if greedily else failures:
-                logger.warning(f"not answered: {failure}")
+        found, failures = model.answer(encoder, chunk, options.group_size, options.seed)
+        groups += found
+        greedy += model.answer(encoder, chunk, 1, options.seed, greedy=True)[0]
+        for failure in failures:
+            logger.warning(f"not answered: {failure}")
     if not groups or not greedy:
         raise DataError("no product could be answered; see the warnings above")
     return "\n".join([f"{len(groups)} products x {options.group_size} answers at temperature {trained.temperature}",

@@ -143,7 +143,8 @@ class RolloutOptions:
            "such groups add their KL term alone", within="[0, inf)")
     rollout_batch_size: int = option(
         4, "products sampled together, halved where memory runs out; more is faster", within="(0, inf)")
-    prompt_cache_mb: int = option(512, "host memory for prepared prompts and photos, in MiB", within="[0, inf)")
+    prompt_cache_mb: int = option(
+        512, "host memory for prepared prompts and photos, kept or ahead of time, in MiB", within="[0, inf)")
 
 
 @dataclass
@@ -335,6 +336,9 @@ class ExportOptions(SheetOptions):
     data_path: str | None = option(None, "a sheet with products to compare answers on; default: the training sheet")
     image_cache_dir: str | None = option(None, "folder with its photos; default: that of the training run")
     num_products: int = option(4, "products answered by the checkpoint and by what was written", within="(0, inf)")
+    keep_audio: bool = option(
+        False, "MiniCPM-o: write the makers' audio and TTS weights back beside the trained ones, for those of their "
+               "programs that want them even where nobody speaks")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
     num_threads: int | None = option(None, "CPU threads for torch", within="(0, inf)")
 

@@ -4,7 +4,8 @@
 
 Some products of the training sheet are answered greedily by the checkpoint, and by the folder once it is read back
 from the disk. Where they differ nothing is written. Weights are float32. Beside them: generation_config.json with the
-sampling of training, which transformers and vLLM take as their default, and serving.json with the exact prompt.
+sampling of training, which transformers and vLLM take as their default, and serving.json with the exact prompt and an
+example, its photos in example/.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
@@ -32,7 +33,7 @@ from models.policy import Policy
 from own_reward import Scorer
 from prompts import build_prompt, read_template
 from rollout import Group, rollout_groups
-from sheets.samples import DataError, Sample, load_samples, require_usable
+from sheets.samples import DataError, Sample, load_photos, load_samples, require_usable
 from training.checkpoint import save_model
 from training.trained import TrainedModel, open_trained, options_of
 
@@ -60,14 +61,32 @@ def write_model(options: ExportOptions, trained: TrainOptions, samples: Sequence
     base_path = options.model_path or (base_of(options.checkpoint_path) if adapter else trained.model_path)
     model = open_trained(trained, base_path if adapter or options.model_path else "", options.checkpoint_path,
                          options.device, options.trust_remote_code, Scorer())
+    family = model.policy.family
+    audio = family.audio_weights(base_path) if options.keep_audio else None
     expected = answer(model, samples)
+    photos = write_photos(model, expected[0], folder)
     if adapter:
         model.policy.merge_adapter()
     save_model(model.policy, trained, base_path if adapter else options.checkpoint_path, folder)
+    if audio is not None:
+        family.save_audio(audio, base_path, folder)
     sampling = sampling_settings(model.policy, trained)
     _update_json(folder / "generation_config.json", {"do_sample": True, **sampling})
-    _update_json(folder / "serving.json", serving_notes(model.policy, trained, expected[0], sampling))
+    _update_json(folder / "serving.json", serving_notes(model.policy, trained, expected[0], photos, sampling))
     return expected
+
+
+def write_photos(model: TrainedModel, group: Group, folder: Path) -> list[str]:
+    """Write the photos that are in a product's prompt, as they were before the model's processor; returns the names."""
+    photos, encoder = load_photos(group.sample), model.encoder()
+    while not torch.equal(encoder.encode_parts(group.sample.text, photos).input_ids, group.prompt.input_ids):
+        photos.pop()  # --max_prompt_length drops them from the end
+    names = [f"example/photo_{number}.png" for number in range(1, len(photos) + 1)]
+    if photos:
+        (folder / "example").mkdir()
+    for photo, name in zip(photos, names, strict=True):
+        photo.save(folder / name)
+    return names
 
 
 def sampling_settings(policy: Policy, trained: TrainOptions) -> dict[str, Any]:
@@ -76,7 +95,8 @@ def sampling_settings(policy: Policy, trained: TrainOptions) -> dict[str, Any]:
             "max_new_tokens": trained.max_length, "eos_token_id": stop_token_ids(policy.model, policy.tokenizer)}
 
 
-def serving_notes(policy: Policy, trained: TrainOptions, group: Group, sampling: dict[str, Any]) -> dict[str, Any]:
+def serving_notes(policy: Policy, trained: TrainOptions, group: Group, photos: Sequence[str], sampling: dict[str, Any]
+                  ) -> dict[str, Any]:
     """What decides an answer beside the weights: wording by number of photos, photo budget, sampling; an example."""
     template = read_template(trained.prompt_file)
     wording = {count: build_prompt("{text}", range(count), trained.prompt_language, template) for count in range(6)}
@@ -87,7 +107,7 @@ def serving_notes(policy: Policy, trained: TrainOptions, group: Group, sampling:
                    "max_slice_nums": trained.max_slice_nums, "max_prompt_length": trained.max_prompt_length},
         "sampling": sampling,
         "reading": "the first JSON object with length, width, height (reward.read_answer); sort before comparing",
-        "example": {"text": group.sample.text, "photos": len(group.sample.photos), "prompt_ids": ids,
+        "example": {"text": group.sample.text, "photos": list(photos), "prompt_ids": ids,
                     "prompt": policy.tokenizer.decode(ids), "greedy_answer": group.answers[0]},
     }
 

@@ -15,6 +15,7 @@ from loguru import logger
 from PIL import Image
 from torch import Tensor
 
+from ground.errors import UserError
 from models.family import Prompt
 from models.policy import Generation, Policy
 from prompts import build_prompt
@@ -58,8 +59,17 @@ class RolloutFailure:
         return f"{self.sample.sheet} row {self.sample.row} ({self.sample.product_id}): {self.reason}"
 
 
-class PromptTooLong(ValueError):
+class PromptError(ValueError):
+    """A product that no prompt can be made of; the text says why."""
+
+
+class PromptTooLong(PromptError):
     """A product whose text alone is longer than the limit; the text says by how much."""
+
+
+# What processors raise for a product they were not made for, those that come with a model's weights among them.
+_PROCESSOR_ERRORS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RuntimeError,
+                     OSError, MemoryError)
 
 
 class PromptEncoder:
@@ -97,7 +107,8 @@ class PromptEncoder:
     def encode(self, sample: Sample) -> Prompt:
         """Prepare one product's prompt.
 
-        Raises PhotoError naming the row when a photo can't be read, PromptTooLong when dropping photos does not help.
+        Raises PhotoError naming the row when a photo can't be read, PromptError when no prompt can be made of the
+        product: the model's processor raises, or dropping photos does not make it short enough.
         """
         if sample in self._held:
             self._held.move_to_end(sample)
@@ -152,8 +163,13 @@ class PromptEncoder:
         return prompt
 
     def encode_parts(self, text: str, photos: Sequence[Any]) -> Prompt:
-        """Prepare a prompt from a text and opened photos."""
-        return self.policy.encode_prompt(build_prompt(text, photos, self.language, self.template), photos)
+        """Prepare a prompt from a text and opened photos; raises PromptError for what the processor raises."""
+        try:
+            return self.policy.encode_prompt(build_prompt(text, photos, self.language, self.template), photos)
+        except UserError:
+            raise
+        except _PROCESSOR_ERRORS as problem:
+            raise PromptError(f"the model's processor fails on it: {type(problem).__name__}: {problem}") from problem
 
 
 def _bytes_of(prepared: Future[Prompt]) -> int:
@@ -188,7 +204,7 @@ def rollout_groups(encoder: PromptEncoder, samples: Sequence[Sample], group_size
     for index, sample in enumerate(samples):
         try:
             prompts[index] = encoder.encode(sample)
-        except (PhotoError, PromptTooLong) as problem:
+        except (PhotoError, PromptError) as problem:
             failures.append(RolloutFailure(sample, str(problem)))
     groups: dict[int, Group] = {}
     by_length = sorted(prompts, key=lambda index: len(prompts[index].input_ids))  # little padding, few masks

@@ -34,6 +34,8 @@ from evidence.report import change_lines, confidence_line, summary_table, tables
 from ground.errors import OptionError
 from ground.files import write_json, write_text
 from ground.options import sheet_options
+from models.lora import is_adapter
+from models.weights import check_files
 from own_reward import Scorer
 from prompts import read_template
 from rollout import PromptEncoder
@@ -92,6 +94,7 @@ def answers_of_run(options: CompareOptions, trained: TrainOptions, samples: Sequ
     before_path = options.model_path or trained.model_path
     model = open_trained(trained, before_path, None, options.device, options.trust_remote_code, scorer,
                          options.eval_batch_size)
+    check_weights(model, before_path, options)
     yield Answers("before", "before", before_path, *answer("before", model, model.encoder(), samples, options, journal))
     model.policy.load_weights(options.checkpoint_path)
     yield Answers("after", "after", options.checkpoint_path,
@@ -105,6 +108,16 @@ def answers_of_run(options: CompareOptions, trained: TrainOptions, samples: Sequ
                 logger.warning(f"{name}: {note}")
             sampled, greedy = answer(name, model, encoder, others, options, journal, both=False)
             yield Answers(name, "ablation", options.checkpoint_path, sampled, greedy, notes)
+
+
+def check_weights(model: TrainedModel, model_path: str, options: CompareOptions) -> None:
+    """Refuse weights that can't be read or don't fit the model before, before any model has answered."""
+    model.policy.check_weights(options.checkpoint_path)
+    for path in options.also:
+        if Path(path).is_file() and (options_of(path) or model.options).model_path == model_path:
+            model.policy.check_weights(path)
+        elif Path(path).is_dir() and not is_adapter(path):
+            check_files(Path(path))
 
 
 def answers_of_also(options: CompareOptions, trained: TrainOptions, samples: Sequence[Sample], scorer: Scorer,

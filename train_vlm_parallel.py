@@ -41,7 +41,7 @@ from models.sharding import (
     gathered,
     load_optimizer_state,
     load_whole_weights,
-    shard_all,
+    shard,
     whole_optimizer_state,
     whole_weights,
 )
@@ -53,7 +53,7 @@ from rollout import Group, PromptEncoder, RolloutFailure, rollout_groups, sample
 from sheets.samples import DataError, Sample, products_of_step
 from training.checkpoint import find_resume, is_better, keep_best, read_best, read_state, save_checkpoint
 from training.curves import Bounds, Curves, describe, log_groups, log_held_out, log_step, warn_of_failures
-from training.guard import check_on_a_product
+from training.guard import check_fast_path
 from training.preflight import preflight
 from training.provenance import write_start, write_summary
 from training.setup import fetch_photos, load_models, load_products, set_up_log
@@ -103,6 +103,7 @@ def train(options: TrainOptions) -> Path | None:
     bar = tqdm(total=options.max_steps * per_step, initial=run.start * per_step, unit="product",
                disable=None if run.processes.main else True, dynamic_ncols=True)
     bounds = Bounds(options, run.first)
+    sampled = run.start >= options.max_steps  # nothing left to do is no failure
     with interruptible() as interruption:
         for step in range(run.start, options.max_steps):
             seconds: dict[str, float] = defaultdict(float)
@@ -118,6 +119,7 @@ def train(options: TrainOptions) -> Path | None:
                 set_learning_rate(run.learner.optimizer, rate)
                 metrics = update(run.learner, buffer, options, step)
             metrics |= describe(groups, trained, failures, run.processes) | {"lr": rate}
+            sampled = sampled or "returns" in metrics
             count_bad_step(run, metrics, step + 1)
             sync_reference(run, options, step + 1)
             if run.writer:
@@ -128,6 +130,9 @@ def train(options: TrainOptions) -> Path | None:
             if finish_step(run, options, step + 1, interruption):
                 break
     bar.close()
+    if not sampled:
+        raise BadRun("no product could be rolled out in any step, so nothing was learnt (see the warnings above); "
+                     "python check_data.py shows what is wrong with a sheet")
     if run.writer:
         close(run, options)
     return run.last_saved
@@ -262,17 +267,18 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     scorer = Scorer(options.reward)
     logger.info(scorer.check(products[0]))
     resume_from = processes.once(lambda: find_resume(options), OptionError)
-    policy, reference, shares_vision = load_models(options, resume_from)
+    policy, reference, shares_vision = load_models(options, resume_from, processes)
     parameters = set_trainable(policy, options.train_vision)
     logger.info(f"what trains:\n{parameter_table(policy)}")
     encoder = PromptEncoder(policy, options.prompt_language, read_template(options.prompt_file),
                             options.prompt_cache_mb, options.max_prompt_length)
-    if not options.exact_path:  # before weights are split: it wants them whole
-        check_on_a_product(policy, reference, encoder, products, options)
+    if not options.exact_path:
+        check_fast_path(policy, reference, shares_vision, encoder, products, options, processes)
     idle = None
     if options.sharding == "fsdp" and processes.world > 1:
         idle = make_idle(policy, options.group_size, options.train_vision)
-        parameters = shard_all(policy, reference)
+        shard(policy)  # under an adapter: others are split since their weights were read, and so is the reference
+        parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     learner = make_learner(policy, parameters, options, processes, idle)
     run = Run(learner, reference, shares_vision, encoder, scorer, None, products, held_out, last_saved=resume_from)
     if resume_from:

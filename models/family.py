@@ -5,7 +5,7 @@ A new family is one file with a subclass of Family and one line in models.FAMILI
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from ground.errors import UserError
 # What a model folder holds besides weights: kept as the model's makers wrote it, so that their own loaders work.
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
                     "chat_template.jinja", "chat_template.json")
+
+# Work on a model that has no numbers yet: its weights are on meta, and each is read in the dtype and share left there.
+AtBirth = Callable[[nn.Module], None]
 
 
 class ModelError(UserError):
@@ -46,10 +49,11 @@ class Family:
     cuts_slices = True  # False: photos go in whole, and --max_slice_nums is refused
     runs_remote_code = False  # load() runs Python files of the model's folder: asked for with --trust_remote_code
 
-    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None) -> tuple[nn.Module, Any, Any]:
+    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None,
+             at_birth: AtBirth | None = None) -> tuple[nn.Module, Any, Any]:
         """Load (model, tokenizer, image processor) from a folder or hub name.
 
-        quantization: transformers' quantization_config, None for weights of the given dtype.
+        quantization: transformers' quantization_config, None for weights of the given dtype. at_birth: see AtBirth.
         """
         raise NotImplementedError
 
@@ -124,6 +128,14 @@ class Family:
         """
         model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
         self.save_processor(tokenizer, image_processor, model_path, folder)
+
+    def audio_weights(self, model_path: str) -> dict[str, Tensor]:
+        """Read what the makers' folder holds of audio and TTS; raises ModelError when it holds nothing of them."""
+        raise ModelError(f"--keep_audio: {model_path} has no audio and no TTS part; leave the option out")
+
+    def save_audio(self, weights: dict[str, Tensor], model_path: str, folder: Path) -> None:
+        """Write audio_weights into a saved folder, and switch audio and TTS on in it as the makers have them."""
+        raise NotImplementedError
 
     def save_processor(self, tokenizer: Any, image_processor: Any, model_path: str, folder: Path) -> None:
         """Write what a model folder holds besides weights and config: tokenizer, processor files of model_path."""

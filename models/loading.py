@@ -3,17 +3,19 @@
 A new family is one file and one entry in FAMILIES.
 """
 
-import copy
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from models import lora
-from models.family import Family, ModelError
+from ground.commands import import_for_good
+from models import lora, weights
+from models.family import AtBirth, Family, ModelError
 from models.minicpm_remote import MiniCPMRemote
 from models.minicpm_v46 import MiniCPMV46, MiniCPMV47
 from models.qwen_vl import Qwen3VL, Qwen25VL
@@ -47,12 +49,14 @@ def stop_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False,
-                 quantize: str = "none") -> tuple[nn.Module, Any, Any]:
+                 quantize: str = "none", at_birth: AtBirth | None = None) -> tuple[nn.Module, Any, Any]:
     """Load (model, tokenizer, image processor) from a folder or hub name, whatever its family.
 
     trust_remote_code: allow a family to run the Python files in the model's folder. quantize "4bit" holds the language
-    model in 4 bits. Raises ModelError naming the path, and the known families when it is of none.
+    model in 4 bits. at_birth: see family.AtBirth. Raises ModelError naming the path, and the known families when it is
+    of none.
     """
+    import_for_good("transformers.modeling_utils")  # most of what any family imports
     from transformers import PretrainedConfig
     from transformers.utils import logging
 
@@ -71,9 +75,11 @@ def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32, trust_remo
             raise ModelError(f"--model_path {model_path}: a {model_type} model runs Python files that come with its "
                              "weights, with your rights. Read them, or trust who wrote them, then say so with "
                              "--trust_remote_code; nothing of it has been run or fetched")
+        if Path(model_path).is_dir():
+            weights.check_files(Path(model_path))
         model, tokenizer, image_processor = family.load(
-            model_path, dtype, lora.four_bit(family, dtype) if quantize == "4bit" else None)
-    except OSError as problem:
+            model_path, dtype, lora.four_bit(family, dtype) if quantize == "4bit" else None, at_birth)
+    except (OSError, SafetensorError) as problem:
         raise ModelError(f"--model_path {model_path}: {problem}") from problem
     if quantize == "4bit":
         lora.keep_gradients(model)
@@ -83,51 +89,48 @@ def load_minicpm(model_path: str, dtype: torch.dtype = torch.float32, trust_remo
 def load_weights(model: nn.Module, path: str) -> None:
     """Load weights in place from a checkpoint folder (safetensors) or a plain model_stepN.pt state dict.
 
-    Raises ModelError when the file can't be read or does not fit the model, naming the first tensors that differ.
+    Raises ModelError, the model as it was, when the file can't be read or does not fit, naming the tensors that differ.
     """
-    source = Path(path)
+    names, own = fitting_names(model, path), model.state_dict()
+    with torch.no_grad():
+        for name, stored in weights.stored_tensors(Path(path)):
+            if name in names:
+                weights.fill(own[names[name]], stored)
+
+
+def fitting_names(model: nn.Module, path: str) -> dict[str, str]:
+    """Compare a file's tensors with a model's, reading none; returns the model's names of those to load, by the file's.
+
+    Raises ModelError when the file can't be read or does not fit, naming the tensors that differ.
+    """
     if lora.is_adapter(path):
         raise ModelError(f"{path}: an adapter, not a model's weights: train it on with train_vlm_parallel.py "
                          "--lora_rank, or merge it with python export.py")
     off = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()  # parts that this program leaves out
-    state = {name: tensor for name, tensor in _read_tensors(source).items()
-             if not any(re.search(pattern, name) for pattern in off)}
+    shapes = {name: weights.shape_of(stored) for name, stored in weights.stored_tensors(Path(path))
+              if not any(re.search(pattern, name) for pattern in off)}
     own, tied = model.state_dict(), set(getattr(model, "all_tied_weights_keys", None) or ())
-    renamed = not state.keys() <= own.keys() and type(model).__module__.startswith("transformers.")
-    if source.is_dir() and renamed:
-        state, wrong, missing = _read_renamed(model, source)
-    else:
-        wrong = [name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape]
-        missing = [name for name in own if name not in state and name not in tied]
-    if wrong or missing:
-        raise ModelError(f"{path}: these weights are of another model; not in it or of another shape: {wrong[:3]}, "
-                         f"missing: {missing[:3]}")
-    model.load_state_dict(state, strict=False)
+    names = _own_names(model, shapes, own)
+    odd = {"missing": own.keys() - names.values() - tied,
+           "too many": {name for name in shapes if names[name] not in own},
+           "of another shape": {name for name, shape in shapes.items() if names[name] in own
+                                and own[names[name]].shape != shape}}
+    if any(odd.values()):
+        raise ModelError(f"{path}: these weights are of another model: {weights.say_odd(odd)}")
+    return names
 
 
-def _read_tensors(source: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+def _own_names(model: nn.Module, stored: Iterable[str], own: Mapping[str, Tensor]) -> dict[str, str]:
+    """A model's own names of stored tensors: transformers saves some models (Qwen2.5-VL) under other names."""
+    names = {name: name for name in stored}
+    if names.keys() <= own.keys() or not type(model).__module__.startswith("transformers."):
+        return names
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    if source.is_file():
-        return torch.load(source, map_location="cpu", weights_only=True)
-    if not source.is_dir():
-        raise ModelError(f"{source}: no such checkpoint folder or .pt file")
-    files = sorted(source.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{source}: no .safetensors file in this folder")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def _read_renamed(model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Read a folder as transformers does, which saves some models (Qwen2.5-VL) under other names than their own.
-
-    Returns the tensors by the model's names, then the names that don't fit and those that are missing.
-    """
-    # The model's own config decides the shapes; a copy, since loading writes into it.
-    loaded, report = type(model).from_pretrained(folder, config=copy.deepcopy(model.config), dtype=torch.float32,
-                                                 output_loading_info=True, ignore_mismatched_sizes=True)
-    wrong = sorted({*report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])})
-    return loaded.state_dict(), wrong, sorted(report["missing_keys"])
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    return {name: name if name in own else rename_source_key(name, renamings, [], model.base_model_prefix, own)[0]
+            for name in names}
 
 
 def choose_device(name: str) -> torch.device:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.family import Family, ModelError
+from models.weights import open_safetensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -49,11 +50,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Any:
 
     folder = Path(folder)
     config = _read_config(folder)
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise ModelError(f"{folder}: no {WEIGHTS_FILE} beside {CONFIG_FILE}")
     config.inference_mode = False
     base_path = config.base_model_name_or_path
-    state = load_file(folder / WEIGHTS_FILE)
+    with open_safetensors(folder / WEIGHTS_FILE):
+        state = load_file(folder / WEIGHTS_FILE)
     try:
         adapter = get_peft_model(model, config)
     except ValueError as problem:  # peft found none of the layers
@@ -68,6 +68,20 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Any:
                          f"{wrong[:3]}")
     set_peft_model_state_dict(adapter, state)
     return adapter
+
+
+def check_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Compare an adapter's file with the layers of a model, putting none on it; raises ModelError where it has none."""
+    _read_config(Path(folder))
+    layers, wrong = dict(model.named_modules()), []
+    with open_safetensors(Path(folder) / WEIGHTS_FILE) as stored:
+        for name in stored.keys():
+            path, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
+            width, axis = {"A.weight": ("in_features", 1), "B.weight": ("out_features", 0)}.get(part, ("", 0))
+            if getattr(layers.get(path), width, None) != stored.get_slice(name).get_shape()[axis]:
+                wrong.append(name)
+    if wrong:
+        raise ModelError(f"{folder}: this adapter is of another model, which has no such layers: {wrong[:3]}")
 
 
 def save_adapter(adapter: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:

@@ -6,6 +6,8 @@ gives text instead of ids.
 """
 
 import json
+import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,10 @@ from loguru import logger
 from PIL import Image
 from torch import Tensor, nn
 
-from models.family import Family, ModelError, Prompt, shrink
-from models.remote_code import load_remote, local_folder
+from models.family import AtBirth, Family, ModelError, Prompt, shrink
+from models.remote_code import OFF, load_remote, local_folder
+from models.weights import add_weights, read_tensor, stored_tensors
+from sheets.photos import PhotoError
 
 _MARKERS = ("im_start", "im_end", "slice_start", "slice_end", "im_id_start", "im_id_end", "unk_token")
 _WRITTEN_MARKERS = ("<image>./</image>", "<audio>./</audio>", "<video>./</video>")  # text that processors replace
@@ -40,10 +44,11 @@ class MiniCPMRemote(Family):
     vision_names = ("vpm", "resampler")
     runs_remote_code = True
 
-    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None) -> tuple[nn.Module, Any, Any]:
+    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None, at_birth: AtBirth | None = None
+             ) -> tuple[nn.Module, Any, Any]:
         """Load (model, tokenizer, processor), running the code in the folder; raises OSError when files are missing."""
         folder = local_folder(model_path)
-        model, processor = load_remote(folder, dtype, quantization)
+        model, processor = load_remote(folder, dtype, quantization, at_birth)
         tokenizer = processor.tokenizer
         missing = [name for name in _MARKERS if getattr(tokenizer, name, None) is None]
         if missing:
@@ -66,6 +71,7 @@ class MiniCPMRemote(Family):
         """Put the photos before the text of one user turn, as chat() does, and let the processor cut and expand them.
 
         max_pixels scales a photo down before it is cut, so fewer slices come of it.
+        Raises PhotoError when the processor does not take every photo.
         Prompt.photos: pixel_values (3, patch, all patches * patch), the slices side by side; target_sizes (slices, 2),
         patches high and wide; image_bound (slices, 2), first and last + 1 position of each slice's placeholders.
         """
@@ -84,7 +90,7 @@ class MiniCPMRemote(Family):
         sizes = torch.as_tensor(encoded["tgt_sizes"][0]).long()
         photo_spans = int((input_ids == tokenizer.convert_tokens_to_ids(tokenizer.im_start)).sum())
         if photo_spans != len(photos) or not len(slices) == len(sizes) == len(bound):
-            raise ModelError(f"the model's processor made {photo_spans} spans for {len(photos)} photos, {len(bound)} "
+            raise PhotoError(f"the model's processor made {photo_spans} spans for {len(photos)} photos, {len(bound)} "
                              f"for {len(slices)} slices")
         return Prompt(input_ids, {"pixel_values": torch.cat(list(slices), dim=-1), "target_sizes": sizes,
                                   "image_bound": bound})
@@ -132,6 +138,27 @@ class MiniCPMRemote(Family):
         config |= {"init_vision": True, "init_audio": False, "init_tts": False,
                    "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    def audio_weights(self, model_path: str) -> dict[str, Tensor]:
+        """Read what the makers' folder holds of audio and TTS; raises ModelError when it holds nothing of them."""
+        found = {name: read_tensor(stored) for name, stored in stored_tensors(local_folder(model_path))
+                 if any(re.match(pattern, name) for pattern in OFF)}
+        if not found:
+            raise ModelError(f"--keep_audio: no weights of audio or TTS in {model_path}; give the makers' own folder "
+                             "with --model_path")
+        return found
+
+    def save_audio(self, weights: dict[str, Tensor], model_path: str, folder: Path) -> None:
+        """Write audio_weights into a saved folder, and switch audio and TTS on in it as the makers have them."""
+        add_weights(folder, weights, "model-audio-and-tts.safetensors")
+        config, makers = (json.loads((path / "config.json").read_text(encoding="utf-8"))
+                          for path in (folder, local_folder(model_path)))
+        for switch in ("init_audio", "init_tts"):
+            config.pop(switch)
+        config |= {switch: makers[switch] for switch in ("init_audio", "init_tts") if switch in makers}
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+        if (local_folder(model_path) / "assets").is_dir():  # what some of them speak with
+            shutil.copytree(local_folder(model_path) / "assets", folder / "assets")
 
     def save_processor(self, tokenizer: Any, image_processor: RemoteProcessor, model_path: str, folder: Path) -> None:
         """Write the makers' own files as they are, but for config.json: code, tokenizer, processor."""

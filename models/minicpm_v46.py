@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.family import Family, ModelError, Prompt, chat_parts, prompt_ids, shrink
+from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, prompt_ids, shrink
+from models.weights import load_checked, native_class
 
 _MARKERS = ("image_token", "video_token", "image_start_token", "image_end_token", "slice_start_token",
             "slice_end_token", "image_id_start_token", "image_id_end_token")
@@ -23,9 +24,10 @@ class MiniCPMV46(Family):
     model_types = ("minicpmv4_6",)
     vision_names = ("model.vision_tower", "model.merger")
 
-    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None) -> tuple[nn.Module, Any, Any]:
+    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None, at_birth: AtBirth | None = None
+             ) -> tuple[nn.Module, Any, Any]:
         """Load (model, tokenizer, image processor); raises OSError when files are missing."""
-        from transformers import AutoModelForImageTextToText, AutoTokenizer
+        from transformers import AutoTokenizer
         from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
         tokenizer = AutoTokenizer.from_pretrained(model_path)
@@ -33,7 +35,8 @@ class MiniCPMV46(Family):
         if missing:
             raise ModelError(f"{model_path}: the tokenizer lacks {', '.join(missing)}; take the model's own tokenizer")
         image_processor = MiniCPMV4_6ImageProcessorPil.from_pretrained(model_path)
-        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype, quantization_config=quantization)
+        model = load_checked(native_class(model_path), model_path, at_birth, dtype=dtype,
+                             quantization_config=quantization)
         if model.config.image_token_id != tokenizer.image_token_id:
             raise ModelError(f"{model_path}: config.json says image_token_id {model.config.image_token_id}, the "
                              f"tokenizer {tokenizer.image_token_id}")

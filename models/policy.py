@@ -22,7 +22,15 @@ from models import lora, shared_prefix
 from models.decoding import PackedWriter, PlainWriter
 from models.family import ModelError, Prompt
 from models.head import Logits, compute_dtype, distribution, token_log_probs
-from models.loading import DTYPES, choose_device, family_of, load_minicpm, load_weights, stop_token_ids
+from models.loading import (
+    DTYPES,
+    choose_device,
+    family_of,
+    fitting_names,
+    load_minicpm,
+    load_weights,
+    stop_token_ids,
+)
 from models.memory import PassSize
 
 
@@ -80,9 +88,9 @@ class Policy:
 
     def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any, dtype: torch.dtype = torch.float32,
                  max_slice_nums: int | None = None, max_pixels: int | None = None, exact_path: bool = False,
-                 gradient_checkpointing: bool = False):
+                 gradient_checkpointing: bool = False, root: Root | None = None):
         self.model = model.eval()
-        self.root = Root(model)
+        self.root = root or Root(model)  # one that is there already has its weights split
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.family = family_of(model.config.model_type)
@@ -129,6 +137,13 @@ class Policy:
         """Move every weight towards that of another policy of the same model: (1 - mix) * own + mix * other."""
         for own, its in zip(self.model.parameters(), other.model.parameters(), strict=True):
             own.copy_((1 - mix) * own.to(its.dtype) + mix * its)
+
+    def check_weights(self, path: str) -> None:
+        """Refuse a checkpoint that load_weights would not take, reading no tensor of it; raises ModelError."""
+        if lora.is_adapter(path):
+            lora.check_adapter(self.model, path)
+        else:
+            fitting_names(self.model, path)
 
     def merge_adapter(self) -> None:
         """Add the adapter to the model's weights, for good."""
@@ -352,13 +367,17 @@ def _inverse_cdf(log_probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=log_probs.shape[-1] - 1)
 
 
-def load_policy(model_path: str, options: TrainOptions, device: str, trust_remote_code: bool) -> Policy:
+def load_policy(model_path: str, options: TrainOptions, device: str, trust_remote_code: bool,
+                at_birth: Callable[[nn.Module], Root | None] | None = None, trains: bool = True) -> Policy:
     """Load a model as a run with these options does, before any of the run's own weights or adapter.
 
     Under an adapter the frozen base is held in the compute dtype, or in 4 bits; weights that train are float32.
+    at_birth: done to the model before its weights are read, see family.AtBirth; gives its root where it splits it.
+    trains False: never, so nothing is checkpointed.
     """
-    dtype = DTYPES[options.dtype]
-    model, tokenizer, image_processor = load_minicpm(model_path, dtype if options.lora_rank else torch.float32,
-                                                     trust_remote_code, options.quantize)
+    dtype, roots = DTYPES[options.dtype], []
+    model, tokenizer, image_processor = load_minicpm(
+        model_path, dtype if options.lora_rank else torch.float32, trust_remote_code, options.quantize,
+        at_birth and (lambda model: roots.append(at_birth(model))))
     return Policy(model.to(choose_device(device)), tokenizer, image_processor, dtype, options.max_slice_nums,
-                  options.max_pixels, options.exact_path, options.gradient_checkpointing)
+                  options.max_pixels, options.exact_path, options.gradient_checkpointing and trains, *roots)

@@ -88,6 +88,9 @@ class Processes:
                 parameter.grad = grad.view_as(parameter).clone()
 
 
+ALONE = Processes()
+
+
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     buckets: list[list[nn.Parameter]] = []
     room = 0

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from models.family import Family, ModelError, Prompt, chat_parts, load_tokenizer, prompt_ids
-from sheets.samples import PhotoError
+from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, load_tokenizer, prompt_ids
+from models.weights import load_checked, native_class
+from sheets.photos import PhotoError
 
 _MARKERS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
@@ -31,14 +32,15 @@ class Qwen25VL(Family):
     vision_names = ("model.visual",)  # its mergers are inside
     cuts_slices = False
 
-    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None) -> tuple[nn.Module, Any, Any]:
+    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None, at_birth: AtBirth | None = None
+             ) -> tuple[nn.Module, Any, Any]:
         """Load (model, tokenizer, image processor); raises OSError when files are missing."""
-        from transformers import AutoModelForImageTextToText
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         tokenizer = load_tokenizer(model_path)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(model_path)
-        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype, quantization_config=quantization)
+        model = load_checked(native_class(model_path), model_path, at_birth, dtype=dtype,
+                             quantization_config=quantization)
         _check_parts(model_path, model.config, tokenizer, image_processor)
         patches = model.model.visual.patch_embed
         patches.forward = partial(_embed_patches, patches)

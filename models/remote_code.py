@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.family import ModelError
+from models.family import AtBirth, ModelError
+from models.weights import load_checked
 
 _UNUSED_PACKAGES = ("torchaudio", "torchvision", "soundfile", "librosa")  # for audio, TTS and video only
-_OFF = (r"^apm\.", r"^audio_projection_layer\.", r"^tts\.")  # weights of the parts that stay off
+OFF = (r"^apm\.", r"^audio_projection_layer\.", r"^tts\.")  # weights of the parts that stay off
 _TABLES = {"pos_embed": ("_set_2d_pos_cache", "max_size"),
            "temporal_pos_embed": ("_set_temporal_pos_cache", "max_temporal_size")}
 _NOTHING = object()
@@ -34,7 +35,8 @@ def local_folder(model_path: str) -> Path:
     return Path(snapshot_download(model_path, ignore_patterns=["assets/*", "*.gguf", "*.onnx"]))
 
 
-def load_remote(folder: Path, dtype: torch.dtype, quantization: Any = None) -> tuple[nn.Module, Any]:
+def load_remote(folder: Path, dtype: torch.dtype, quantization: Any = None, at_birth: AtBirth | None = None
+                ) -> tuple[nn.Module, Any]:
     """Run the folder's code and load (model, processor), audio and TTS off.
 
     Raises ModelError when the code needs a package that is not installed or is not built as MiniCPM-o and -V are.
@@ -53,8 +55,9 @@ def load_remote(folder: Path, dtype: torch.dtype, quantization: Any = None) -> t
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
             model_class = get_class_from_dynamic_module(code["AutoModel"], folder)
             call_post_init(model_class)
-            model_class._keys_to_ignore_on_load_unexpected = list(_OFF)
-            model = model_class.from_pretrained(folder, config=config, dtype=dtype, quantization_config=quantization)
+            model_class._keys_to_ignore_on_load_unexpected = list(OFF)
+            model = load_checked(model_class, folder, at_birth, config=config, dtype=dtype,
+                                 quantization_config=quantization)
         except ImportError as problem:
             raise ModelError(f"{folder}: the code of this model can't be imported: {problem}") from problem
     missing = [name for name in ("llm", "vpm", "resampler", "get_vllm_embedding") if not hasattr(model, name)]

@@ -1,36 +1,48 @@
 """Split a policy's weights over all processes (FSDP2): each holds a share, a layer is whole only while it computes.
 
-The units are transformers' own layers, of language and vision; what is outside them belongs to the root, whose forward
-is one call a row. While answers are written the weights are gathered once, not once a token.
+Each process reads no more than its share. The units are transformers' own layers, of language and vision; what is
+outside them belongs to the root, whose forward is one call a row. While answers are written the weights are gathered
+once, not once a token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from models.policy import Policy, repeated_layers
+from models.policy import Policy, Root, repeated_layers
+from models.weights import own_rows
+
+
+def splitter(dtype: torch.dtype) -> Callable[..., Root]:
+    """Give a function that splits a model's weights over the default process group and returns the root under which it
+    computes from now on, a given one or a new one.
+
+    dtype: that of matrix products. A model on meta reads only this process's share of its weights afterwards.
+    """
+    compute = torch.bfloat16 if dtype == torch.bfloat16 else None
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+    def split(model: nn.Module, root: Root | None = None) -> Root:
+        for layer in repeated_layers(model):
+            fully_shard(layer, mp_policy=precision)
+        return fully_shard(root or Root(model), mp_policy=precision)
+
+    return split
 
 
 def shard(policy: Policy) -> None:
-    """Split the weights over the default process group; call it before the optimizer is made."""
-    compute = torch.bfloat16 if policy.dtype == torch.bfloat16 else None
-    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in repeated_layers(policy.model):
-        fully_shard(layer, mp_policy=precision)
-    fully_shard(policy.root, mp_policy=precision)
+    """Split a policy whose weights were read whole, as those under an adapter are, before its optimizer is made.
 
-
-def shard_all(policy: Policy, reference: Policy | None) -> list[nn.Parameter]:
-    """Split policy and reference over the processes; returns what trains, anew: it is another object now."""
-    shard(policy)
-    if reference is not None and reference.model is not policy.model:
-        shard(reference)
-    return [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    Does nothing to one that is split already.
+    """
+    if not is_split(policy):
+        splitter(policy.dtype)(policy.model, policy.root)
 
 
 @contextmanager
@@ -51,9 +63,75 @@ def gathered(policy: Policy) -> Iterator[None]:
             unit.set_reshard_after_forward(unit is not policy.root, recurse=False)
 
 
+def is_split(policy: Policy) -> bool:
+    """Whether this process holds no more than a share of the weights."""
+    return isinstance(policy.root, FSDPModule)
+
+
+@contextmanager
+def gathering_in_float32(policy: Policy) -> Iterator[None]:
+    """Gather the weights of a split policy in float32 for the time of the block, whatever they are multiplied in.
+
+    Does nothing to a policy that is not split.
+    """
+    units = [module for module in policy.root.modules() if isinstance(module, FSDPModule)]
+    groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+    policies = [group.mp_policy for group in groups]
+
+    def gather_as(precisions: Sequence[MixedPrecisionPolicy]) -> None:
+        for unit in units:
+            unit.reshard()
+        for group, precision in zip(groups, precisions, strict=True):
+            group.mp_policy = precision
+            for parameter in group.fsdp_params:  # room for whole weights is made at the first gathering and kept
+                parameter.init_dtype_attrs(precision)
+                parameter.all_gather_outputs = []
+                vars(parameter).pop("_unsharded_param", None)
+
+    gather_as([replace(precision, param_dtype=torch.float32) for precision in policies])
+    try:
+        yield
+    finally:
+        gather_as(policies)
+
+
+@contextmanager
+def differentiating(policy: Policy, parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[Tensor], list[Tensor]]]:
+    """Give a function that takes a loss, computed in the block, to its whole gradients at some of the parameters.
+
+    Of a policy that is split, all processes call it with the same loss; no other parameter gets a gradient.
+    """
+    if not is_split(policy):
+        yield lambda loss: list(torch.autograd.grad(loss, parameters))
+        return
+    wanted = {id(parameter) for parameter in parameters}
+    others = [parameter for parameter in policy.model.parameters()
+              if parameter.requires_grad and id(parameter) not in wanted]
+
+    def gradients(loss: Tensor) -> list[Tensor]:
+        loss.backward()
+        found = [whole(parameter.grad) for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        return found
+
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield gradients
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
 def whole(value: Any) -> Any:
     """Gather a tensor that is split over the processes, all of which call this; anything else stays as it is."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be split, without gradient."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def whole_weights(policy: Policy, keep: bool) -> dict[str, Tensor]:
@@ -70,11 +148,10 @@ def whole_weights(policy: Policy, keep: bool) -> dict[str, Tensor]:
 
 
 def load_whole_weights(policy: Policy, weights: dict[str, Tensor]) -> None:
-    """Take on what whole_weights gave, each process its share."""
+    """Take on what whole_weights gave, each process its share; no more is read of weights that are in a file."""
     for name, own in policy.model.state_dict().items():
         if name in weights:
-            value = weights[name].to(own.device, own.dtype)
-            own.copy_(distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value)
+            own_part(own).copy_(weights[name][own_rows(own)] if isinstance(own, DTensor) else weights[name])
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
@@ -90,13 +167,15 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take on what whole_optimizer_state gave, each process its share."""
+    """Take on what whole_optimizer_state gave, each process its share; no more is read of a state that is in a file."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():
         parameter = parameters[index]
-        if isinstance(parameter, DTensor):
-            for name, value in values.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    values[name] = distribute_tensor(value.to(parameter.device), parameter.device_mesh,
-                                                     parameter.placements)
+        for name, value in values.items():
+            if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+                values[name] = value.clone()
+                continue
+            own = value[own_rows(parameter)].to(parameter.device, copy=True)
+            values[name] = DTensor.from_local(own, parameter.device_mesh, parameter.placements, run_check=False,
+                                              shape=parameter.shape, stride=parameter.stride())
     optimizer.load_state_dict(state)

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.family import Family, ModelError, Prompt, chat_parts, load_tokenizer, prompt_ids
+from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, load_tokenizer, prompt_ids
+from models.weights import load_checked, native_class
 
 _PLACEHOLDER, _AROUND, _OVERVIEW = "<image>", "<fake_token_around_image>", "<global-img>"
 _MARKER = re.compile(r"<image>|<fake_token_around_image>|<global-img>|<row_\d+_col_\d+>|<video>")
@@ -25,13 +26,15 @@ class SmolVLM(Family):
     model_types = ("idefics3", "smolvlm")
     vision_names = ("model.vision_model", "model.connector")
 
-    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None) -> tuple[nn.Module, Any, Any]:
+    def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None, at_birth: AtBirth | None = None
+             ) -> tuple[nn.Module, Any, Any]:
         """Load (model, tokenizer, image processor); raises OSError when files are missing."""
-        from transformers import AutoImageProcessor, AutoModelForImageTextToText
+        from transformers import AutoImageProcessor
 
         tokenizer = load_tokenizer(model_path)
         image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil")
-        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype, quantization_config=quantization)
+        model = load_checked(native_class(model_path), model_path, at_birth, dtype=dtype,
+                             quantization_config=quantization)
         placeholder = tokenizer.get_vocab().get(_PLACEHOLDER)
         if placeholder != model.config.image_token_id:
             raise ModelError(f"{model_path}: config.json says image_token_id {model.config.image_token_id}, the "

@@ -1,5 +1,6 @@
 """What of a policy trains: which parameters, in which parts a person thinks of them, and which got no gradient."""
 
+import torch
 from loguru import logger
 from torch import nn
 
@@ -21,7 +22,8 @@ def set_trainable(policy: Policy, train_vision: bool) -> list[nn.Parameter]:
             parameter.requires_grad_(True)
     parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     for parameter in parameters:
-        parameter.data = parameter.data.float()
+        if parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
     return parameters
 
 

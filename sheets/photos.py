@@ -16,6 +16,7 @@ from ground.errors import UserError
 
 LARGEST_FILE = 64 * 2 ** 20  # bytes
 LARGEST_SIDE = 4096  # pixels; larger photos are scaled down, so that a product's photos fit in memory
+SMALLEST_SIDE = 8  # pixels; smaller ones are spacers and tracking dots, in which nothing can be seen
 _MOST_PIXELS = 50_000_000  # to decode, of each worker; a JPEG is decoded at a size of about LARGEST_SIDE
 # Formats that Pillow reads by itself (JPEG stands for MPO too); others would start other programs or show no photo.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -32,7 +33,7 @@ class PhotoError(UserError):
 def open_photo(path: str | Path) -> Image.Image:
     """Decode one photo: RGB, its first frame, upright as EXIF says, transparency over white, sides of 4096 at most.
 
-    Raises PhotoError with the reason: empty, a web page, no picture, truncated, damaged or too large.
+    Raises PhotoError with the reason: empty, a web page, no picture, truncated, damaged, too large or too small to see.
     """
     Image.init()  # so that every format is known
     _refuse_by_size(Path(path))
@@ -44,7 +45,10 @@ def open_photo(path: str | Path) -> Image.Image:
                 if opened.width * opened.height > _MOST_PIXELS:
                     raise PhotoError(f"it is too large: {opened.width} x {opened.height} pixels")
                 photo = ImageOps.exif_transpose(opened)
-            return _as_rgb(photo)
+            photo = _as_rgb(photo)
+            if min(photo.size) < SMALLEST_SIDE:
+                raise PhotoError(f"it is too small to see: {photo.width} x {photo.height} pixels")
+            return photo
     except PhotoError:
         raise
     except UnidentifiedImageError:

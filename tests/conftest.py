@@ -1,5 +1,9 @@
-"""Fixtures that tests share, and what holds for every test: no network, so many threads."""
+"""Fixtures that tests share, and what holds for every test: no network, so many threads.
 
+Nothing heavy is imported at the head: the process that only hands tests out reads this file too.
+"""
+
+import gc
 import os
 import tempfile
 
@@ -10,23 +14,32 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_TORCH_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # more threads than cores would else wait for each other at work
 
 import pytest
-import torch
 from loguru import logger
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-import demo  # noqa: E402
-import standin_minicpm  # noqa: E402
-from evidence import evaluation  # noqa: E402
-from models.loading import load_minicpm  # noqa: E402
-from models.policy import Policy  # noqa: E402
-from runs import write_shop  # noqa: E402
-from tiny import parts_of, tiny_model  # noqa: E402
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Look for no garbage among what the test files import, then or later: it stays, and is a million objects."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_runtest_setup():
+    """As many threads for every test, whatever the one before asked for: how many there are decides how sums round."""
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     """The demo's tokenizer."""
+    import demo
+
     return demo.make_tokenizer(seed=0)
 
 
@@ -42,13 +55,26 @@ def image_processor():
 @pytest.fixture(scope="session")
 def standin(tmp_path_factory, tokenizer):
     """A model folder with code of its own; read only."""
+    import standin_minicpm
+
     return standin_minicpm.write_standin(tmp_path_factory.mktemp("standin") / "model", tokenizer)
 
 
 @pytest.fixture
 def remote_policy(standin):
     """A tiny policy whose code comes with the model."""
+    from models.loading import load_minicpm
+    from models.policy import Policy
+
     return Policy(*load_minicpm(str(standin), trust_remote_code=True))
+
+
+def native_policy(kind, tokenizer, image_processor):
+    """A tiny policy of a kind of which transformers has the code."""
+    from models.policy import Policy
+    from tiny import parts_of
+
+    return Policy(*parts_of(kind, tokenizer, image_processor))
 
 
 @pytest.fixture(params=["dense", "hybrid", "v47", "remote", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"])
@@ -56,13 +82,13 @@ def policy(request, tokenizer, image_processor):
     """A tiny policy of each kind: MiniCPM-V-4.6 with both kinds of text model, 4.7, remote code, Qwen, SmolVLM."""
     if request.param == "remote":
         return request.getfixturevalue("remote_policy")
-    return Policy(*parts_of(request.param, tokenizer, image_processor))
+    return native_policy(request.param, tokenizer, image_processor)
 
 
 @pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
 def qwen_policy(request, tokenizer, image_processor):
     """A tiny policy of each Qwen family."""
-    return Policy(*parts_of(request.param, tokenizer, image_processor))
+    return native_policy(request.param, tokenizer, image_processor)
 
 
 @pytest.fixture
@@ -97,17 +123,19 @@ class Bar:
 def bars(monkeypatch):
     """The bars over products that are answered during the test."""
     monkeypatch.setattr(Bar, "made", [])
-    monkeypatch.setattr(evaluation, "tqdm", Bar)
+    monkeypatch.setattr("evidence.evaluation.tqdm", Bar)
     return Bar.made
 
 
 @pytest.fixture
 def dense_policy(tokenizer, image_processor):
     """A tiny policy with attention layers only."""
-    return Policy(tiny_model(tokenizer, ["full_attention"] * 2), tokenizer, image_processor)
+    return native_policy("dense", tokenizer, image_processor)
 
 
 @pytest.fixture(scope="session")
 def shop(tmp_path_factory, tokenizer, image_processor):
     """See write_shop; read only."""
+    from runs import write_shop
+
     return write_shop(tmp_path_factory.mktemp("shop"), tokenizer, image_processor)

@@ -1,7 +1,14 @@
 """A shop of ten products, runs of a few seconds on it, and what they leave behind."""
 
+import io
+import runpy
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
+from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -50,6 +57,16 @@ def as_flags(options):
             flags += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value).lower()
                                      if isinstance(value, bool) else str(value)])]
     return flags
+
+
+def run_here(script, *argv):
+    """Run a script as a command in this process: an interpreter and torch of its own take seconds."""
+    path, out, err = str(Path(__file__).resolve().parent.parent / script), io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", [path, *map(str, argv)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(path, run_name="__main__")
+    return subprocess.CompletedProcess(argv, end.value.code, out.getvalue(), err.getvalue())
 
 
 def weights(folder):

@@ -1,13 +1,10 @@
 """A sheet through test_model.py: every row once and in order, killed and resumed, out of memory, photos by address."""
 
+import multiprocessing
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -23,8 +20,6 @@ from rounding import float64
 from runs import train_options
 from sheets.samples import DataError, PhotoError, cached_photo_path
 from tiny import noise_photo
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def options_for(shop, folder, **changes):
@@ -48,23 +43,22 @@ def test_300_rows_killed_and_resumed(shop, tmp_path):
     write_options(train_options(shop, tmp_path), model / "options.yaml")
     options, whole = (options_for(shop, tmp_path, data_path=str(tmp_path / "many.xlsx"), model_path=str(model),
                                   output_path=str(tmp_path / name)) for name in ("out.xlsx", "whole.xlsx"))
-    flags = [word for name in ("model_path", "data_path", "num_samples", "device", "image_cache_dir", "prompt_file",
-                               "output_path", "num_threads") for word in (f"--{name}", str(getattr(options, name)))]
     journal = tmp_path / "out.xlsx.journal"
-    process = subprocess.Popen([sys.executable, str(ROOT / "tests/in_float64.py"), "test_model.py", *flags],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 600
-    while process.poll() is None and time.monotonic() < deadline:
-        if journal.is_file() and journal.read_bytes().count(b"\n") > 40:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with float64():  # what is resumed is answered in other batches
+        process = multiprocessing.get_context("fork").Process(target=answering.main, args=(options,))
+        process.start()  # nothing outlives its end but the journal
+        deadline = time.monotonic() + 600
+        while process.is_alive() and time.monotonic() < deadline:
+            if journal.is_file() and journal.read_bytes().count(b"\n") > 40:
+                break
+            time.sleep(0.01)
+        process.kill()
+        process.join()
     done = journal.read_bytes().count(b"\n") - 1
     assert 40 <= done < 257, "killed too early or too late to show anything"
     with journal.open("a") as file:
         file.write('{"row": 299, "line": {"answ')  # what a kill in the middle of a line leaves
-    with float64():  # what is resumed is answered in other batches
+    with float64():
         answering.main(options)
         answering.main(whole)
     resumed, at_once = sheet_of(tmp_path / "out.xlsx"), sheet_of(tmp_path / "whole.xlsx")
@@ -100,6 +94,8 @@ def test_a_journal_of_another_run_is_refused(tmp_path):
         Journal(path, {"model": "b"})
     journal.finish()
     assert not path.exists()
+    Journal(path, {"model": "a"}).add([])  # nothing was done in it yet: no obstacle
+    assert path.exists() and Journal(path, {"model": "b"}).done == {} and not path.exists()
 
 
 def test_fewer_products_together_when_memory_runs_out(shop, tmp_path, monkeypatch):

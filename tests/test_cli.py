@@ -1,7 +1,7 @@
 """Each command line as a user meets it: in a process of its own where that matters, else in this one."""
 
+import gc
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,26 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from runs import as_flags, train_options
+from runs import as_flags, run_here, train_options
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def run(script, *argv, cwd=None):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, argv)], capture_output=True, text=True,
-                          cwd=cwd, timeout=300)
-
-
-@pytest.fixture
-def run_here(monkeypatch, capsys):
-    """Run a script as a command in this process: an interpreter and torch of its own take seconds."""
-    def run_script(script, *argv):
-        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, argv)])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        said = capsys.readouterr()
-        return subprocess.CompletedProcess(argv, end.value.code, said.out, said.err)
-    return run_script
 
 
 @pytest.mark.parametrize("script", ["train_vlm_parallel.py", "run.py", "test_model.py", "export.py", "demo.py",
@@ -41,8 +24,31 @@ def test_help_answers_before_torch_is_imported(script):
     assert "config" in imported and not imported & {"torch", "transformers"}, "help should not wait for torch"
 
 
+SCRIPT = """
+if __name__ == "__main__":
+    from config import DemoOptions
+    from ground.commands import start
+    start(DemoOptions, "")
+import gc
+then = gc.isenabled()
+def main(options):
+    print(then, gc.isenabled())
+"""
+
+
+def test_a_command_is_imported_without_looking_for_garbage_and_frozen_once(tmp_path, monkeypatch):
+    (tmp_path / "some_script.py").write_text(SCRIPT)
+    monkeypatch.syspath_prepend(tmp_path)
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append("frozen"))
+    for _ in range(2):  # the second time there is more in memory than modules
+        assert run_here(tmp_path / "some_script.py").stdout == "False True\n"
+        assert frozen == ["frozen"]
+
+
 def test_without_any_option_the_demo_is_named(tmp_path):
-    done = run("train_vlm_parallel.py", cwd=tmp_path)
+    done = subprocess.run([sys.executable, str(ROOT / "train_vlm_parallel.py")], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=300)
     assert done.returncode == 2 and "make demo" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -50,14 +56,14 @@ def test_without_any_option_the_demo_is_named(tmp_path):
 def trained(shop, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained")
     options = train_options(shop, output, eval_fraction=0.5)
-    done = run("train_vlm_parallel.py", *as_flags(options))
+    done = run_here("train_vlm_parallel.py", *as_flags(options))
     assert done.returncode == 0, done.stderr
     assert "step 3/3 | reward" in done.stderr
     assert "step 3/3 | reward" in (output / "run" / "train.log").read_text()
     return output / "run" / "step_000003"
 
 
-def test_run_compares_before_and_after(trained, run_here):
+def test_run_compares_before_and_after(trained):
     done = run_here("run.py", "--checkpoint_path", trained, "--num_samples", 2, "--ablate", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert "mean reward" in done.stdout and "photos blanked" in done.stdout and "improved" in done.stdout
@@ -73,7 +79,7 @@ def test_run_compares_before_and_after(trained, run_here):
     assert "photos blanked" in (folder / "compare.html").read_text()
 
 
-def test_run_on_all_rows_and_from_a_state_dict(trained, shop, tmp_path, run_here):
+def test_run_on_all_rows_and_from_a_state_dict(trained, shop, tmp_path):
     import torch
     from safetensors.torch import load_file
 
@@ -84,7 +90,7 @@ def test_run_on_all_rows_and_from_a_state_dict(trained, shop, tmp_path, run_here
     assert len(json.loads((tmp_path / "compare.json").read_text())["products"]) == 8
 
 
-def test_model_answers_one_product(trained, shop, run_here):
+def test_model_answers_one_product(trained, shop):
     photos = sorted((shop / "photos").iterdir())
     done = run_here("test_model.py", "--model_path", trained, "--text", "box 1", "--image", photos[0], "--image",
                     photos[1], "--label", "12 8 15", "--device", "cpu")
@@ -92,7 +98,7 @@ def test_model_answers_one_product(trained, shop, run_here):
     assert "answer:" in done.stdout and "reward:" in done.stdout
 
 
-def test_model_answers_a_sheet(trained, shop, tmp_path, run_here):
+def test_model_answers_a_sheet(trained, shop, tmp_path):
     done = run_here("test_model.py", "--model_path", trained, "--data_path", shop / "data.xlsx", "--output_path",
                     tmp_path / "out.xlsx", "--device", "cpu")
     assert done.returncode == 0, done.stderr
@@ -109,6 +115,6 @@ def test_model_answers_a_sheet(trained, shop, tmp_path, run_here):
     ("run.py", ["--checkpoint_path", "{trained}/nothing"], "nothing"),
     ("run.py", ["--checkpoint_path", "{trained}", "--data_path", "gone.xlsx"], "gone.xlsx"),
 ])
-def test_mistakes_end_with_one_message(trained, script, argv, said, run_here):
+def test_mistakes_end_with_one_message(trained, script, argv, said):
     done = run_here(script, *[word.replace("{trained}", str(trained)) for word in argv])
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

@@ -12,6 +12,7 @@ from rollout import PromptEncoder, draw_uniforms, rollout, rollout_groups
 from rounding import float64
 from sheets.samples import PhotoError, Sample, load_photos
 from tiny import noise_photo
+from training.preflight import largest_product
 
 
 def sample_of(tmp_path, row, text="box", photos=1, label=(12.0, 8.0, 15.0)):
@@ -56,6 +57,36 @@ def test_answers_depend_on_seed_and_row_not_on_the_batch(policy, tmp_path):
     assert [group.sample.row for group in together] == [2, 3, 4, 5, 6]
     assert [group.answers for group in together] == [group.answers for group in one_by_one]
     assert [group.answers for group in together] != [group.answers for group in other_seed]
+
+
+def test_what_a_processor_raises_is_the_failure_of_its_row(remote_policy, tmp_path):
+    samples = [sample_of(tmp_path, row) for row in range(2, 5)]
+    noise_photo(1, (500, 8)).save(samples[1].photos[0])
+    remote_policy.max_pixels = 600  # leaves that photo 3 pixels high: the processor takes its rows for colours
+    groups, failures = groups_of(remote_policy, samples, batch=2)
+    assert [group.sample.row for group in groups] == [2, 4]
+    assert [str(failure) for failure in failures] == ["sheet.xlsx row 3 (p3): the model's processor fails on it: "
+                                                      f"ValueError: {failures[0].reason.partition('ValueError: ')[2]}"]
+    assert "mean must have" in failures[0].reason
+
+
+@pytest.mark.parametrize("problem", [ValueError, TypeError, KeyError, IndexError, AssertionError, RuntimeError,
+                                     ZeroDivisionError, AttributeError, OSError])
+def test_an_error_in_a_prompt_prepared_ahead_is_that_of_its_row(dense_policy, tmp_path, monkeypatch, problem):
+    good = dense_policy.encode_prompt
+
+    def broken(text, photos):
+        if "odd" in text:
+            raise problem("planted")
+        return good(text, photos)
+
+    monkeypatch.setattr(dense_policy, "encode_prompt", broken)
+    samples = [sample_of(tmp_path, 2), sample_of(tmp_path, 3, text="odd"), sample_of(tmp_path, 4)]
+    encoder = PromptEncoder(dense_policy)
+    encoder.prefetch(samples)
+    groups, failures = rollout_groups(encoder, samples, 2, 0.7, 4, "0", 2)
+    assert [group.sample.row for group in groups] == [2, 4] and "planted" in str(failures[0])
+    assert largest_product(encoder, samples)[0].row in (2, 4)
 
 
 def test_an_unreadable_photo_fails_its_product_only(dense_policy, tmp_path):

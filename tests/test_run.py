@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import run as comparing
 import train_vlm_parallel as training
@@ -30,8 +31,8 @@ def trained(shop, tmp_path_factory):
 
 
 def compare(checkpoint, folder, **changes):
-    options = CompareOptions(checkpoint_path=str(checkpoint), output_dir=str(folder), device="cpu",
-                             **{"num_samples": 2, **changes})
+    options = CompareOptions(output_dir=str(folder), device="cpu",
+                             **{"checkpoint_path": str(checkpoint), "num_samples": 2, **changes})
     check_options(options)
     comparing.main(options)
     return json.loads((folder / "compare.json").read_text())
@@ -47,6 +48,21 @@ def test_several_models_side_by_side(trained, shop, tmp_path):
     assert model == before != after
     assert "no options.yaml" in report["models"][3]["notes"][0]
     assert "step_000001" in (tmp_path / "compare.html").read_text()
+
+
+def test_weights_that_do_not_fit_are_refused_before_any_model_answers(trained, shop, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "answer", lambda *_: pytest.fail("a model has answered"))
+    before = load_file(shop / "model" / "model.safetensors")
+    torch.save({name: tensor for name, tensor in before.items() if "norm" not in name}, tmp_path / "model_step9.pt")
+    damaged = shutil.copytree(trained, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"")
+    for changes, said in (({"checkpoint_path": str(tmp_path / "model_step9.pt"), "model_path": str(shop / "model"),
+                            "data_path": str(shop / "data.xlsx"), "image_cache_dir": str(shop / "photos")},
+                           "model_step9.pt: these weights are of another model: missing: .*norm"),
+                          ({"also": [str(damaged)]}, "damaged/model.safetensors"),
+                          ({"also": [str(tmp_path / "model_step9.pt")]}, "model_step9.pt: these weights")):
+        with pytest.raises(UserError, match=said):
+            compare(trained, tmp_path, **changes)
 
 
 def test_another_checkpoint_answers_with_its_own_options(trained, tmp_path):
@@ -114,14 +130,14 @@ def test_a_comparison_of_other_answers_is_not_gone_on_from(trained, tmp_path, mo
 
 
 def test_every_model_has_its_bar(trained, shop, tmp_path, bars):
-    report = compare(trained, tmp_path, ablate=True, also=[str(shop / "model")])
+    report = compare(trained, tmp_path, rows="all", ablate=True, also=[str(shop / "model")])
     assert [bar.title for bar in bars] == [model["name"] for model in report["models"]]
     count = len(report["products"])
-    left_out = sum(not product["photos"] for product in report["products"])
-    assert [bar.total for bar in bars] == [count] * 2 + [count - left_out] * 3 + [count]
+    assert [bar.total for bar in bars] == [count] * 2 + [count - 1] * 3 + [count]  # one has no photos
     assert all(bar.shown[-1] == bar.total for bar in bars)
-    notes = [f"{left_out} of {count} products left out: they have no photos, or no other product has other ones"]
-    assert [model["notes"] for model in report["models"][2:5]] == [notes if left_out else []] * 3
+    note = f"1 of {count} products left out: they have no photos, or no other product has other ones"
+    assert [model["notes"] for model in report["models"][2:5]] == [[note]] * 3
+    assert f"no photos: {note}." in (tmp_path / "compare.html").read_text()
 
 
 def test_photos_that_nobody_can_swap_are_not_ablated(trained, shop, tmp_path):

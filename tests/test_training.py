@@ -145,7 +145,7 @@ def test_the_first_minibatch_of_each_step_is_on_policy(shop, tmp_path):
 
 
 def test_killed_and_resumed_equals_uninterrupted(shop, tmp_path):
-    settings = dict(max_steps=24, save_every=3, keep_last=0, eval_every=0, lr_scheduler="linear", min_lr_ratio=0.1)
+    settings = dict(max_steps=12, save_every=2, keep_last=0, eval_every=0, lr_scheduler="linear", min_lr_ratio=0.1)
     whole = training.train(train_options(shop, tmp_path / "whole", **settings))
     options = train_options(shop, tmp_path / "killed", **settings)
     command = [sys.executable, str(ROOT / "train_vlm_parallel.py"), *as_flags(options)]
@@ -156,9 +156,9 @@ def test_killed_and_resumed_equals_uninterrupted(shop, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     found = list_checkpoints(Path(options.output_dir))
-    assert found and found[-1].name != "step_000024", "killed too early or too late to show anything"
+    assert found and found[-1].name != "step_000012", "killed too early or too late to show anything"
     resumed = training.train(replace(options, resume="auto"))
-    assert resumed.name == whole.name == "step_000024"
+    assert resumed.name == whole.name == "step_000012"
     one, other = weights(whole), weights(resumed)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     state, other_state = (torch.load(path / "trainer_state.pt", weights_only=True) for path in (whole, resumed))
@@ -357,6 +357,18 @@ def test_the_first_ratio_is_against_sampling(shop, tmp_path):
         item.old_log_probs = item.old_log_probs - 0.5 * item.action_mask
     metrics = training.update(run.learner, buffer, options, step=0)
     assert metrics["ratio"] == 1 and metrics["first_ratio"] == pytest.approx(math.exp(0.5), rel=0.05)
+
+
+def test_the_vision_of_other_weights_is_not_shared(shop, tmp_path):
+    state = weights(shop / "model")
+    torch.save({name: tensor + 1 if "merger" in name else tensor for name, tensor in state.items()},
+               tmp_path / "model_step1.pt")
+    options = train_options(shop, tmp_path, checkpoint_path=str(tmp_path / "model_step1.pt"))
+    policy, reference, shares_vision = training.load_models(options, None)
+    name = next(name for name in state if "merger" in name)
+    assert not shares_vision and torch.equal(reference.model.state_dict()[name], state[name])
+    assert torch.equal(policy.model.state_dict()[name], state[name] + 1)
+    assert not any(parameter.requires_grad for parameter in reference.model.parameters())
 
 
 def test_starting_from_other_weights_keeps_the_reference(shop, tmp_path):

@@ -196,7 +196,7 @@ def read_state(path: Path, options: TrainOptions, world: int = 1) -> dict[str, A
         if before != now and name not in free:
             logger.warning(f"--{name} is {now} now, the run being resumed had {before}: it goes on, but not as it "
                            "would have without the stop")
-    state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+    state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)  # read where it is used
     check_products(state, options, world, path)
     if options.minibatch_size and world != state["world"]:
         logger.warning(f"--minibatch_size {options.minibatch_size} on {world} processes instead of {state['world']}: "

@@ -15,7 +15,7 @@ from models.policy import Policy
 from models.processes import Processes
 from models.sharding import gathered
 from replay_buffer import Experience
-from rollout import PromptEncoder, PromptTooLong
+from rollout import PromptEncoder, PromptError
 from sheets.photos import PhotoError
 from sheets.samples import Sample
 from update import Learner, backward, pretend
@@ -75,7 +75,7 @@ def largest_product(encoder: PromptEncoder, products: Sequence[Sample]) -> tuple
     for sample in by_photos[:_LOOKED_AT] + by_text[:_LOOKED_AT]:
         try:
             prompt = encoder.encode(sample)
-        except (PhotoError, PromptTooLong):  # said when its turn comes
+        except (PhotoError, PromptError):  # said when its turn comes
             continue
         if best[1] is None or len(prompt.input_ids) > len(best[1].input_ids):
             best = sample, prompt

@@ -1,6 +1,5 @@
 """What a training run reads: its sheets, with a word on every row that is left out or odd, and its models."""
 
-import copy
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,9 +13,11 @@ from config import SheetOptions, TrainOptions
 from ground.commands import TIMED, log_to_console
 from ground.errors import OptionError
 from ground.options import held_out_sheet
-from models.loading import DTYPES, choose_device, freeze, load_minicpm, load_weights
+from models.loading import DTYPES, freeze, load_weights
 from models.lora import is_adapter, rank_of
-from models.policy import Policy, load_policy
+from models.policy import Policy, Root, load_policy
+from models.processes import ALONE, Processes
+from models.sharding import own_part, splitter
 from sheets.checks import count_kinds, leaks, look_over
 from sheets.fetch import download_missing
 from sheets.samples import (
@@ -92,32 +93,37 @@ def log_findings(path: str, findings: Sequence[RowProblem]) -> None:
                        f"{findings[0].row} ({findings[0].product_id}): {findings[0].problem}")
 
 
-def load_models(options: TrainOptions, resume_from: Path | None) -> tuple[Policy, Policy | None, bool]:
+def load_models(options: TrainOptions, resume_from: Path | None, processes: Processes = ALONE
+                ) -> tuple[Policy, Policy | None, bool]:
     """Load the policy and its frozen reference (none when kl_weight is 0).
 
-    The third value says whether both have the same frozen vision, so that photos are encoded once for both.
+    With fsdp each of several processes reads its share of them only. The third value says whether both have the same
+    frozen vision, so that photos are encoded once for both.
     """
     if options.lora_rank:
         policy = load_adapted(options, resume_from)
         return policy, policy.without_adapter() if options.kl_weight else None, True
-    device, dtype = choose_device(options.device), DTYPES[options.dtype]
-    model, tokenizer, image_processor = load_minicpm(options.model_path, trust_remote_code=options.trust_remote_code)
-    reference_model = freeze(copy.deepcopy(model)) if options.kl_weight else None
+    dtype = DTYPES[options.dtype]
+    split = splitter(dtype) if options.sharding == "fsdp" and processes.world > 1 else None
+    parts = options.model_path, options, options.device, options.trust_remote_code
+    policy = load_policy(*parts, split)
+    vision = [parameter for module in policy.family.vision_modules(policy.model) for parameter in module.parameters()]
     weights = str(resume_from) if resume_from else options.checkpoint_path
+    same_vision = True
     if weights:
-        load_weights(model, weights)
-    policy = Policy(model.to(device), tokenizer, image_processor, dtype, options.max_slice_nums,
-                    options.max_pixels, options.exact_path, options.gradient_checkpointing)
-    if reference_model is None:
+        before = [own_part(parameter).clone() for parameter in vision]
+        load_weights(policy.model, weights)
+        same_vision = all(torch.equal(own_part(now), then) for now, then in zip(vision, before, strict=True))
+    if not options.kl_weight:
         return policy, None, False
-    vision = policy.family.vision_modules
-    shares_vision = not options.train_vision and all(
-        torch.equal(one.to(device), other) for mine, theirs in
-        zip(vision(reference_model), vision(model), strict=True)
-        for one, other in zip(mine.parameters(), theirs.parameters(), strict=True))
-    hold_in(dtype, reference_model, () if shares_vision else vision(reference_model))
-    reference = Policy(reference_model.to(device), tokenizer, image_processor, dtype, options.max_slice_nums,
-                       options.max_pixels, options.exact_path)
+    shares_vision = not options.train_vision and all(processes.gather(same_vision))
+
+    def hold(model: nn.Module) -> Root | None:
+        hold_in(dtype, model, () if shares_vision else policy.family.vision_modules(model))
+        return split and split(model)
+
+    reference = load_policy(*parts, hold, trains=False)
+    freeze(reference.model)
     return policy, reference, shares_vision
 
 

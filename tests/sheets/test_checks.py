@@ -8,6 +8,7 @@ import pytest
 from openpyxl import load_workbook
 from PIL import Image
 
+from runs import run_here
 from sheets.cells import DataError
 from sheets.checks import leaks, look_at_photos, look_over, outliers
 from sheets.photos import examine_photos, look_of
@@ -173,14 +174,20 @@ def sheet(tmp_path, *extra):
     write_table(tmp_path / "data.xlsx", rows)
 
 
-def check(tmp_path, *argv):
-    return subprocess.run([sys.executable, str(ROOT / "check_data.py"), "--data_path", "data.xlsx", "--column",
-                           "text=标题", *argv], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+FLAGS = ["--data_path", "data.xlsx", "--column", "text=标题"]
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """Run the command in this process, on the sheet in the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *argv: run_here("check_data.py", *FLAGS, *argv)
 
 
 def test_the_command_writes_page_and_sheet_in_which_everything_is_text(tmp_path):
     sheet(tmp_path)
-    done = check(tmp_path, "--eval_fraction", "0")
+    done = subprocess.run([sys.executable, str(ROOT / "check_data.py"), *FLAGS, "--eval_fraction", "0"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "label ambiguous (1 of the rows)\n    row 3 (<b>2</b>): '10/12 cm'" in done.stdout
     assert "training would start: 1 rows to train on, 0 held out" in done.stdout
@@ -204,20 +211,20 @@ def test_the_command_writes_page_and_sheet_in_which_everything_is_text(tmp_path)
     (["--sheet_name", "May"], 2, "no worksheet 'May'"),
     (["--column", "label=size"], 2, "no column 'size'"),
 ])
-def test_the_exit_status_says_whether_training_would_start(argv, status, text, tmp_path):
+def test_the_exit_status_says_whether_training_would_start(argv, status, text, tmp_path, check):
     sheet(tmp_path)
-    done = check(tmp_path, *argv)
+    done = check(*argv)
     assert done.returncode == status and text in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_sheet_without_a_usable_row_and_a_leaking_one(tmp_path):
+def test_a_sheet_without_a_usable_row_and_a_leaking_one(tmp_path, check):
     sheet(tmp_path)
     write_table(tmp_path / "test.xlsx", [["标题", "label", "sku_id", "sku_img"], ["mug", "12 8 15", "9", "a.png"]])
-    done = check(tmp_path, "--eval_path", "test.xlsx")
+    done = check("--eval_path", "test.xlsx")
     assert done.returncode == 0 and "held-out photo trained on (1 of the rows)" in done.stdout
     assert (tmp_path / "data.check.held_out.html").is_file()
     write_table(tmp_path / "data.xlsx", [["标题", "label"], ["mug", "4-seat"]])
-    done = check(tmp_path)
+    done = check()
     assert done.returncode == 1 and "no row can be used, of 1: label without a size (1 row)" in done.stdout
 
 

@@ -25,7 +25,7 @@ from sheets.samples import cached_photo_path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def png(colour="red", size=(8, 6)):
+def png(colour="red", size=(8, 8)):
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, "PNG")
     return buffer.getvalue()

@@ -109,6 +109,10 @@ BAD = {
     "script.jpg": (lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
                    "no photo in a known format"),
     "measured.tiff": (lambda path: Image.new("F", (8, 8), 0.5).save(path), "measurements"),
+    "dot.gif": (lambda path: Image.new("P", (1, 1)).save(path), "too small to see: 1 x 1"),
+    "line.png": (lambda path: Image.new("RGB", (500, 3)).save(path), "too small to see: 500 x 3"),
+    "narrow.png": (lambda path: Image.new("RGB", (7, 500)).save(path), "too small to see: 7 x 500"),
+    "strip.png": (lambda path: Image.new("RGB", (32768, 32)).save(path), "too small to see: 4096 x 4"),
     "gone.jpg": (lambda path: None, "it can't be read: No such file"),
     "folder.jpg": (lambda path: path.mkdir(), "can't be read"),
 }
@@ -131,9 +135,9 @@ def test_what_is_no_photo_is_refused_by_name(name, tmp_path):
 
 
 def test_shades_are_kept(tmp_path):
-    Image.new("I;16", (1, 1), 128 * 256).save(tmp_path / "deep.png")
+    Image.new("I;16", (8, 8), 128 * 256).save(tmp_path / "deep.png")
     assert open_photo(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
-    half = Image.new("RGBA", (1, 1), (0, 0, 0, 51))
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 51))
     half.save(tmp_path / "half.png")
     assert open_photo(tmp_path / "half.png").getpixel((0, 0)) == (204, 204, 204)  # 255 * (1 - 51/255)
 
@@ -151,7 +155,7 @@ def test_an_oversized_photo_is_refused_before_it_is_decoded(tmp_path, monkeypatc
 def test_equal_files_count_once_and_order_is_kept(tmp_path):
     names = ["a.png", "b.png", "c.png", "d.png"]
     for name, colour in zip(names, (RED, BLUE, RED, WHITE), strict=True):
-        Image.new("RGB", (4, 4), colour).save(tmp_path / name)
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name)
     (tmp_path / "e.png").write_bytes(b"no photo")
     opened = open_photos([tmp_path / name for name in [*names, "e.png"]])
     assert [photo.getpixel((0, 0)) for _, photo in opened[:3]] == [RED, BLUE, WHITE]
@@ -178,6 +182,16 @@ def test_a_broken_photo_is_named_and_the_rest_used(rule, left, tmp_path):
         logger.remove(sink)
     assert len(pictures) == left and pictures[0].size == (64, 32)
     assert len(lines) == 1 and "mugs.xlsx row 7 (A1)" in lines[0] and "b.png" in lines[0] and "empty" in lines[0]
+
+
+@pytest.mark.parametrize(("rule", "sizes"), [("use_rest", [(64, 32)]), ("text_only", [(64, 32)]),
+                                             ("placeholder", [(224, 224), (64, 32)])])
+def test_a_photo_too_small_to_see_is_handled_as_a_broken_one(rule, sizes, tmp_path):
+    Image.new("RGB", (40, 3)).save(tmp_path / "a.png")
+    halves().save(tmp_path / "b.png")
+    assert [photo.size for photo in load_photos(sample_of([tmp_path / "a.png", tmp_path / "b.png"], rule))] == sizes
+    with pytest.raises(PhotoError, match=r"mugs.xlsx row 7 .* photo .*a.png can't be used: it is too small to see"):
+        load_photos(sample_of([tmp_path / "a.png", tmp_path / "b.png"], "drop_row"))
 
 
 @pytest.mark.parametrize(("rule", "count"), [("drop_row", 2), ("use_rest", 1), ("use_rest", 2)])

@@ -52,7 +52,7 @@ def write_sheet(path: Path, rows: list[tuple], header: tuple = HEADER) -> Path:
 def cache_photo(address: str, cache_dir: Path) -> Path:
     path = cached_photo_path(address, cache_dir)
     path.parent.mkdir(exist_ok=True)
-    Image.new("RGB", (4, 4), "red").save(path)
+    Image.new("RGB", (8, 8), "red").save(path)
     return path
 
 
@@ -279,7 +279,7 @@ def test_every_missing_photo_is_reported_and_a_row_left_out_has_no_used_problem(
 def test_a_local_path_is_used_as_it_is(tmp_path):
     (tmp_path / "photos").mkdir()
     for name in ("one.png", "two.png"):
-        Image.new("RGB", (2, 2)).save(tmp_path / "photos" / name)
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name)
     path = write_sheet(tmp_path / "mugs.csv", [
         ("1", "a mug", "1 2 3", "photos/one.png", str(tmp_path / "photos" / "two.png"))])
     [sample], problems = load(path)

@@ -5,6 +5,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_transforms import normalize, to_channel_dimension_format
+from transformers.image_utils import infer_channel_dimension_format
 
 from .slicing import grid_of, sliced
 
@@ -31,14 +33,17 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
                 raise ValueError("a photo is a PIL image")
             slices = [piece for photo in photos
                       for piece in sliced(photo.convert("RGB"), limit, self.patch_size, self.scale_resolution)]
-            pixels.append([self.in_patches(piece) for piece in slices])
+            # As in the real one, the first photo says for all which axis is that of the colours.
+            axis = infer_channel_dimension_format(np.asarray(photos[0])) if photos else None
+            pixels.append([self.in_patches(piece, axis) for piece in slices])
             sizes.append(torch.tensor([[piece.height // self.patch_size, piece.width // self.patch_size]
                                        for piece in slices]) if slices else [])
         return BatchFeature({"pixel_values": pixels, "tgt_sizes": sizes,
                              "image_sizes": [[photo.size for photo in photos] for photos in images]})
 
-    def in_patches(self, piece):
-        pixels = torch.from_numpy(np.asarray(piece, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)  # (3, H, W)
+    def in_patches(self, piece, axis):
+        pixels = normalize(np.asarray(piece, dtype=np.float32) / 255, [0.5] * 3, [0.5] * 3, input_data_format=axis)
+        pixels = torch.from_numpy(to_channel_dimension_format(pixels, "channels_first", axis))  # (3, H, W)
         rows = pixels.split(self.patch_size, dim=1)
         return torch.cat(rows, dim=2)  # (3, patch, patches * patch), patches row by row
 

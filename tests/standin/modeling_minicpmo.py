@@ -81,6 +81,11 @@ class MiniCPMO(Qwen2PreTrainedModel):
                 embeds[row, places] = found.flatten(0, 1).to(embeds.dtype)
         return embeds, features
 
+    def chat_embedding(self, data):
+        """As newer revisions do for chat(): look at the audio encoder before asking whether there is any audio."""
+        self.apm.weight.device  # noqa: B018
+        return self.get_vllm_embedding(data)[0]
+
     def speak(self, words):
         import a_package_that_only_speech_needs
 

@@ -98,10 +98,10 @@ def run_to_the_end(options, processes, log):
     return time.monotonic() - begin, Path(options.output_dir) / f"step_{STEPS:06d}"
 
 
-def kill_a_run(shop, folder, processes, delay, one_only=False, words="pre-flight:"):
+def kill_a_run(shop, folder, processes, delay, one_only=False, words="pre-flight:", steps=STEPS):
     """Kill a fresh run some seconds after it said the words, those of its first rollout; returns where it was, and the
     options that resume it."""
-    options = settings(shop, folder, processes)
+    options = settings(shop, folder, processes, steps)
     log = folder / "killed.log"
     process = start(options, processes, log)
     wait_for(log, words, process)
@@ -114,11 +114,12 @@ def kill_a_run(shop, folder, processes, delay, one_only=False, words="pre-flight
     return place, options
 
 
-def settings(shop, folder, processes):
+def settings(shop, folder, processes, steps=STEPS):
     """Options of a run of a few seconds that saves at every other step."""
     folder.mkdir(parents=True, exist_ok=True)
-    return train_options(shop, folder, max_steps=STEPS, batch_size=4 // processes, save_every=2, keep_last=2,
-                         eval_every=0, lr_scheduler="linear", min_lr_ratio=0.1, kl_weight=0.1)
+    return train_options(shop, folder, max_steps=steps, batch_size=4 // processes, save_every=2, keep_last=2,
+                         eval_every=0, lr_scheduler="linear", min_lr_ratio=0.1, kl_weight=0.1,
+                         num_threads=int(os.environ["OMP_NUM_THREADS"]))  # other threads round otherwise
 
 
 def main():

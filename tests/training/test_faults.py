@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+import rollout
 import train_vlm_parallel as training
 import update
 from config import TrainOptions
@@ -22,6 +23,7 @@ from models.policy import Policy
 from replay_buffer import ReplayBuffer
 from rounding import float64
 from runs import one_step, tags, train_options, weights, write_shop
+from sheets.photos import PhotoError
 from training import checkpoint, curves
 from training.checkpoint import find_damage, list_checkpoints, write_checksums
 from training.preflight import GIB, largest_product, moments_to_come, products_that_fit, refuse_too_large
@@ -228,6 +230,19 @@ def test_a_full_disk_costs_no_more_than_the_bad_batch(tmp_path, said, monkeypatc
     monkeypatch.setattr(update.torch, "save", full)
     update.keep_bad_batch([], TrainOptions(output_dir=str(tmp_path)), 6, training.Processes(1, 2))
     assert "bad_batch_step_000007_process_1.pt: not written" in "".join(said) and not list(tmp_path.iterdir())
+
+
+def test_a_run_in_which_nothing_was_rolled_out_is_no_success(shop, tmp_path, monkeypatch):
+    def broken(encoder, sample):
+        raise PhotoError("planted")
+
+    options = train_options(shop, tmp_path, eval_every=0, max_steps=2)
+    monkeypatch.setattr(rollout.PromptEncoder, "encode", broken)
+    assert training.main(options) == 3
+    assert not json.loads((Path(options.output_dir) / "run.json").read_text()).get("done")
+    monkeypatch.undo()
+    assert training.main(replace(options, resume="auto")) == 0  # nothing left to do
+    assert training.main(replace(options, resume="auto", max_steps=3)) == 0
 
 
 def test_bounds_warn(said):

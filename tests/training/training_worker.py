@@ -2,13 +2,22 @@
 test_two_processes.py: training_worker.py FOLDER, with a shop in it."""
 
 import faulthandler
+import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["HF_MODULES_CACHE"] = os.environ.get("HF_MODULES_CACHE", "modules") + os.environ.get("RANK", "")
 
+from ground.commands import import_for_good  # noqa: E402
+
+if __name__ == "__main__":
+    import_for_good("rounding")  # and with it nearly everything
+
+import split_loading  # noqa: E402
 import split_policies  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -21,6 +30,8 @@ import train_vlm_parallel as training  # noqa: E402
 import update  # noqa: E402
 from config import TrainOptions  # noqa: E402
 from ground.options import parse_options  # noqa: E402
+from models import shared_prefix  # noqa: E402
+from models.family import ModelError  # noqa: E402
 from models.sharding import whole  # noqa: E402
 from rounding import float64  # noqa: E402
 from runs import train_options  # noqa: E402
@@ -54,6 +65,7 @@ def options_of_case(folder, name, batch_size, **changes):
 
 
 CONFIGS = sorted((ROOT / "configs").glob("minicpm*.yaml"))
+STEPS = 12  # of the run that was killed
 FOR_SEVERAL = [path for path in CONFIGS if "x80gb" in path.name]  # they ask for several processes
 
 
@@ -172,6 +184,26 @@ def planted_nan(folder, sharding):
     assert (Path(options.output_dir) / f"bad_batch_step_000001_process_{dist.get_rank()}.pt").is_file()
 
 
+def guard_what_is_split(folder):
+    """Positions late by one are caught in both processes, in bfloat16 too: weights are gathered in float32 for that."""
+    good = shared_prefix.lay_out_groups
+
+    def late(*args):
+        layout = good(*args)
+        return replace(layout, answers=replace(layout.answers, offsets=layout.answers.offsets + 1))
+
+    for dtype in ("float32", "bfloat16"):
+        options = options_of_case(folder, "fsdp, full, hybrid", 2, dtype=dtype, output_dir=str(folder / "guard"))
+        shared_prefix.lay_out_groups = late
+        try:
+            training.prepare(options, training.join("cpu"))
+        except ModelError as problem:
+            assert "updated log-probs" in str(problem), problem
+            print(f"{dtype}: a fault is caught", flush=True)
+        shared_prefix.lay_out_groups = good
+        training.prepare(options, training.join("cpu"))
+
+
 def local(value):
     return value.to_local() if hasattr(value, "to_local") else value
 
@@ -180,14 +212,30 @@ def whole_parameters(run):
     return [whole(parameter.detach()).clone() for parameter in run.learner.parameters]
 
 
+def fail(folder):
+    """The program in both processes, of which the second fails and the first hangs: torchrun ends both."""
+    def broken(options, processes):
+        processes.most(1)
+        if processes.rank == 1:
+            raise ZeroDivisionError("planted")
+        time.sleep(600)
+
+    training.prepare = broken
+    training.main(TrainOptions(output_dir=str(folder / "failed"), device="cpu"))
+
+
 def main(folder):
     """Every case; an assertion that fails ends the process with its traceback."""
     logger.remove()
-    training.train(settings(folder, folder / "undisturbed", 2))
-    training.train(replace(settings(folder, folder / "killed", 2), resume="auto"))
+    training.train(settings(folder, folder / "undisturbed", 2, STEPS))
+    training.train(replace(settings(folder, folder / "killed", 2, STEPS), resume="auto"))
+    split_loading.memory(folder / "large", train_options(folder, folder))
+    for kind in split_loading.KINDS:
+        split_loading.compare(kind, folder / "read" / kind)
     with float64():
         for case in split_policies.CASES:
             split_policies.compare(*case)
+    guard_what_is_split(folder)
     give_worth()
     rows = watch_products()
     with float64():
@@ -213,4 +261,4 @@ if __name__ == "__main__":
     faulthandler.dump_traceback_later(1200, exit=True)  # one that hangs says where
     dist.init_process_group("gloo")
     main(Path(sys.argv[1]))
-    dist.destroy_process_group()
+    fail(Path(sys.argv[1]))
