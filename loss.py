@@ -30,8 +30,8 @@ def group_advantages(rewards: Tensor, eps: float = 1e-8, std_floor: float = 0.0,
 
     The standard deviation is the sample's (G - 1), as in the usual trainers. A group of one gets 0, and so does a group
     without spread. scale "group": the mean and deviation are the group's (DeepSeekMath, arXiv 2402.03300, eq. 21);
-    "batch": the mean is the group's, the deviation that of batch_rewards (arXiv 2508.08221); "none": the
-    mean is only subtracted (Dr. GRPO, arXiv 2503.20783).
+    "batch": the mean is the group's, the deviation that of batch_rewards (arXiv 2508.08221); "none": the mean is only
+    subtracted (Dr. GRPO, arXiv 2503.20783).
     """
     rewards = rewards.float()
     centred = rewards - rewards.mean()

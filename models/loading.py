@@ -21,8 +21,7 @@ from models.minicpm_v46 import MiniCPMV46, MiniCPMV47
 from models.qwen_vl import Qwen3VL, Qwen25VL
 from models.smolvlm import SmolVLM
 
-FAMILIES: tuple[Family, ...] = (MiniCPMV46(), MiniCPMV47(), MiniCPMRemote(), Qwen25VL(), Qwen3VL(),
-                                SmolVLM())
+FAMILIES: tuple[Family, ...] = (MiniCPMV46(), MiniCPMV47(), MiniCPMRemote(), Qwen25VL(), Qwen3VL(), SmolVLM())
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

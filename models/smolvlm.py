@@ -104,8 +104,9 @@ def frame_tokens(config: Any) -> int:
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 // config.scale_factor ** 2
 
 
-def _frame_side(image_processor: Any) -> int:
-    return image_processor.max_image_size["longest_edge"]
+def _frame_side(image_processor: Any) -> int | None:
+    """The pixels along a frame; None for an image processor that makes no frames."""
+    return getattr(image_processor, "max_image_size", {}).get("longest_edge")
 
 
 def _cutting(image_processor: Any, photo: Image.Image, most: int | None) -> dict[str, Any]:

@@ -161,6 +161,8 @@ def test_parts_of_another_model_are_refused(kind, tmp_path):
     other = type(policy.image_processor)(max_image_size={"longest_edge": 32})
     with pytest.raises(ModelError, match="image_size 16.*max_image_size 32"):
         load_minicpm(save(image_processor=other))
+    with pytest.raises(ModelError, match="image_size 16.*max_image_size None"):
+        load_minicpm(save(image_processor=parts_of("qwen2_5_vl", None, None)[2]))
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ModelError, match="no chat template"):
         load_minicpm(str(tmp_path))
