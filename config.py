@@ -46,8 +46,8 @@ class ModelOptions:
     quantize: Literal["none", "4bit"] = option(
         "none", "4bit: keep the frozen model under the adapters in 4 bits; needs lora_rank and bitsandbytes")
     max_slice_nums: int | None = option(
-        None, "slices a photo may be cut into; default: the model's own; for models that cut photos, as MiniCPM does "
-              "and Qwen does not", within="(0, inf)")
+        None, "slices a photo may be cut into; default: the model's own; for models that cut photos, as MiniCPM "
+              "and SmolVLM do and Qwen does not", within="(0, inf)")
     max_pixels: int | None = option(
         None, "pixels of a photo at most, larger ones are scaled down; default: the model's own", within="(0, inf)")
     exact_path: bool = option(
@@ -137,6 +137,10 @@ class RolloutOptions:
     group_size: int = option(12, "candidates a product", within="(0, inf)")
     max_length: int = option(64, "new tokens of a candidate, at most", within="(0, inf)")
     temperature: float = option(0.7, "sampling temperature; log-probs are taken at the same one", within="(0, inf)")
+    resample_flat: int = option(
+        0, "times at most that a group whose answers all earn the same is sampled again; one that stays so is left out "
+           "of the update; for when zero_variance_share is high, so that few groups steer a step; 0: all are kept, and "
+           "such groups add their KL term alone", within="[0, inf)")
     rollout_batch_size: int = option(
         4, "products sampled together, halved where memory runs out; more is faster", within="(0, inf)")
     prompt_cache_mb: int = option(
@@ -150,12 +154,34 @@ class LossOptions:
     reward: list[str] = option([], REWARD)
     kl_weight: float = option(
         0.01, "weight of the KL term towards the reference policy; 0 leaves it out of the loss", within="[0, inf)")
+    ref_sync_every: int = option(
+        0, "steps after which the reference policy moves to where the policy is; for long runs in which a growing "
+           "kl_divergence holds back a policy that still gets better; 0: never. Not with lora_rank; checkpoints then "
+           "hold the reference policy too", within="[0, inf)")
+    ref_sync_mix: float = option(
+        1.0, "how far it moves: its weights become (1 - ref_sync_mix) * its own + ref_sync_mix * the policy's; below 1 "
+             "for moves that come often, 0.6 is usual", within="(0, 1]")
     clip_eps: float = option(0.2, "the ratio is clipped to [1 - clip_eps, 1 + clip_eps]", within="(0, 1)")
     clip_eps_high: float | None = option(None, "another upper clip: 1 + clip_eps_high (clip-higher)", within="(0, inf)")
+    clip_ratio_c: float | None = option(
+        None, "dual clip: a token of an answer worse than its group's mean costs so many times its advantage at most, "
+              "however far its ratio has risen; for when grad_norm jumps late in a step of several minibatches or "
+              "epochs; 3 is usual; default: no such bound", within="(1, inf)")
+    ratio_level: Literal["token", "sequence"] = option(
+        "token", "what has a ratio of its own: token, or sequence: an answer, the geometric mean of its tokens' ratios "
+                 "(GSPO), for when single tokens clip wildly: long answers, several minibatches or epochs, models of "
+                 "experts; such ratios lie close to 1, so take a clip_eps of about 0.0004")
+    entropy_weight: float = option(
+        0.0, "weight of the tokens' entropy, a reward of its own; for when entropy falls towards 0 while rewards are "
+             "still low, so that the answers of a group are all alike; begin with 0.001: too much of it makes babble",
+        within="[0, inf)")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = option(
         "grpo", "grpo: mean over the tokens of an answer, then over answers; dapo: mean over all tokens; dr_grpo: sum "
                 "over tokens divided by answers x max_length")
-    scale_advantages: bool = option(True, "divide a group's advantages by its standard deviation")
+    scale_advantages: Literal["group", "batch", "none"] = option(
+        "group", "what a group's advantages are divided by: group: its standard deviation; batch: that of all rewards "
+                 "of the step, for when groups of little spread are mostly noise; none: nothing, for when a group "
+                 "shall count by its spread")
     std_floor: float = option(
         0.0, "lower bound for that standard deviation, against noise blown up to full size", within="[0, inf)")
     mask_truncated: bool = option(False, "leave answers that hit max_length without a stop token out of the loss")
@@ -171,6 +197,9 @@ class OptimizerOptions:
     warmup_steps: int = option(0, "steps in which the rate rises linearly to lr", within="[0, inf)")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay, on matrices only", within="[0, inf)")
     adam_betas: tuple[float, float] = option((0.9, 0.999), "AdamW's betas", within="[0, 1)")
+    adam_eps: float = option(
+        1e-8, "AdamW's epsilon; larger, such as 1e-5, for when the first steps jump, or weights with next to no "
+              "gradient wander: Adam moves those as far as any others", within="(0, inf)")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", within="(0, inf)")
     epochs: int = option(1, "passes over a step's buffer", within="(0, inf)")
     minibatch_size: int | None = option(

@@ -3,6 +3,7 @@
 Shapes: N answers (all groups of a batch), T completion tokens, G candidates of one product.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +24,14 @@ def masked_mean(values: Tensor, mask: Tensor | None, dim: int | None = None) -> 
     return kept.sum(dim) / mask.sum(dim).clamp(min=1)
 
 
-def group_advantages(rewards: Tensor, eps: float = 1e-8, std_floor: float = 0.0, scale: bool = True) -> Tensor:
+def group_advantages(rewards: Tensor, eps: float = 1e-8, std_floor: float = 0.0, scale: str = "group",
+                     batch_rewards: Tensor | None = None) -> Tensor:
     """Turn one group's rewards (G,) into advantages (G,): (r - mean) / (max(std, std_floor) + eps).
 
-    The standard deviation is the sample's (G - 1), as in the usual trainers; scale=False only subtracts the mean
-    (Dr. GRPO). A group of one gets 0, and so does a group without spread. DeepSeekMath, arXiv 2402.03300, eq. 21.
+    The standard deviation is the sample's (G - 1), as in the usual trainers. A group of one gets 0, and so does a group
+    without spread. scale "group": the mean and deviation are the group's (DeepSeekMath, arXiv 2402.03300, eq. 21);
+    "batch": the mean is the group's, the deviation that of batch_rewards (arXiv 2508.08221); "none": the mean is only
+    subtracted (Dr. GRPO, arXiv 2503.20783).
     """
     rewards = rewards.float()
     centred = rewards - rewards.mean()
@@ -35,7 +39,10 @@ def group_advantages(rewards: Tensor, eps: float = 1e-8, std_floor: float = 0.0,
         return torch.zeros_like(rewards)
     if rewards.max() == rewards.min():  # rounding of the mean must not be blown up by 1 / eps
         return torch.zeros_like(rewards)
-    return centred / (rewards.std().clamp(min=std_floor) + eps) if scale else centred
+    if scale == "none":
+        return centred
+    spread = (batch_rewards if scale == "batch" else rewards).float().std()
+    return centred / (spread.clamp(min=std_floor) + eps)
 
 
 def approx_kl_divergence(log_probs: Tensor, log_probs_ref: Tensor, action_mask: Tensor | None = None) -> Tensor:
@@ -64,16 +71,25 @@ class LossTerms:
 class VLM_GRPOLoss(nn.Module):  # the public name of the loss
     """Clipped policy-gradient loss with a KL term towards the reference policy.
 
-    Per token: -min(ratio * A, clip(ratio, 1 - clip_eps, 1 + clip_eps_high) * A) + kl_weight * kl, then
-    loss_type "grpo": masked mean over an answer's tokens, mean over answers (arXiv 2402.03300);
-    "dapo": mean over all tokens (arXiv 2503.14476); "dr_grpo": sum / (answers * max_length) (arXiv 2503.20783).
+    Per token: -min(ratio * A, clip(ratio, 1 - clip_eps, 1 + clip_eps_high) * A) + kl_weight * kl
+    - entropy_weight * entropy, then loss_type "grpo": masked mean over an answer's tokens, mean over answers
+    (arXiv 2402.03300); "dapo": mean over all tokens (arXiv 2503.14476); "dr_grpo": sum / (answers * max_length)
+    (arXiv 2503.20783).
+    entropy: that of the next token, a bonus against answers that are all alike (arXiv 1602.01783).
+    ratio_level "token": ratio = pi / pi_old of each token; "sequence": of each token the geometric mean over its answer
+    (GSPO, arXiv 2507.18071, eq. 5 and 7).
+    clip_ratio_c: for A < 0 the first term is -clip_ratio_c * A at most, which else grows with the ratio without bound
+    (dual clip, arXiv 1912.09729); None: no such bound.
     """
 
     def __init__(self, clip_eps: float, kl_weight: float, clip_eps_high: float | None = None, loss_type: str = "grpo",
-                 max_length: int | None = None, mask_truncated: bool = False):
+                 max_length: int | None = None, mask_truncated: bool = False, ratio_level: str = "token",
+                 clip_ratio_c: float | None = None, entropy_weight: float = 0.0):
         super().__init__()
         if loss_type not in ("grpo", "dapo", "dr_grpo"):
             raise ValueError(f"loss_type {loss_type!r}: take grpo, dapo or dr_grpo")
+        if ratio_level not in ("token", "sequence"):
+            raise ValueError(f"ratio_level {ratio_level!r}: take token or sequence")
         if loss_type == "dr_grpo" and not max_length:
             raise ValueError("loss_type dr_grpo divides by max_length: give it")
         self.clip_eps = clip_eps
@@ -82,6 +98,9 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
         self.loss_type = loss_type
         self.max_length = max_length
         self.mask_truncated = mask_truncated
+        self.ratio_level = ratio_level
+        self.clip_ratio_c = math.inf if clip_ratio_c is None else clip_ratio_c
+        self.entropy_weight = entropy_weight
 
     def mask(self, experience: Experience) -> Tensor:
         """The tokens that count, (N, T) bool: the action mask, without truncated answers if they are left out."""
@@ -94,6 +113,18 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
         mask = self.mask(experience)
         return mask.sum() if self.loss_type == "dapo" else mask.any(1).sum()
 
+    def ratio(self, log_probs: Tensor, experience: Experience) -> Tensor:
+        """The importance ratio of each token, or of its whole answer, (N, T); 1 or the answer's where masked."""
+        mask = self.mask(experience)
+        log_ratio = torch.where(mask, log_probs.float() - experience.old_log_probs.float(), 0.0)  # (N, T)
+        if self.ratio_level == "sequence":
+            log_ratio = masked_mean(log_ratio, mask, dim=1)[:, None].expand_as(log_ratio)
+        return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+    def mean_ratio(self, log_probs: Tensor, experience: Experience) -> Tensor:
+        """The mean ratio of the tokens that count."""
+        return masked_mean(self.ratio(log_probs, experience), self.mask(experience))
+
     def forward(self, log_probs: Tensor, experience: Experience) -> tuple[Tensor, Tensor]:
         """Return (loss, mean kl over real tokens), the kl 0 without ref_log_probs. log_probs: (N, T) with gradient."""
         terms = self.terms(log_probs, experience)
@@ -102,25 +133,32 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
     def terms(self, log_probs: Tensor, experience: Experience, entropy: Tensor | None = None) -> LossTerms:
         """Return the loss with what it is made of.
 
-        log_probs: (N, T) with gradient. entropy: (N, T), only averaged; without it -log_probs stands in, which has
-        the same mean for tokens that the policy sampled.
+        log_probs: (N, T) with gradient. entropy: (N, T), with gradient where entropy_weight is not 0, and then not
+        to be left out; else only averaged, and -log_probs stands in, of the same mean for tokens the policy sampled.
         """
+        if self.entropy_weight and entropy is None:
+            raise ValueError("entropy_weight needs the entropy of each token: give it")
         mask = self.mask(experience)
         log_probs = torch.where(mask, log_probs.float(), 0.0)
-        old_log_probs = torch.where(mask, experience.old_log_probs.float(), 0.0)
         advantages = experience.advantages.float().reshape(-1, 1)  # (N, 1)
 
-        ratio = (log_probs - old_log_probs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()  # (N, T)
+        ratio = self.ratio(log_probs, experience)  # (N, T)
         clipped = ratio.clamp(1 - self.clip_eps, 1 + self.clip_eps_high)
-        per_token = -torch.min(ratio * advantages, clipped * advantages)  # (N, T)
+        surrogate = torch.min(ratio * advantages, clipped * advantages)  # (N, T)
+        if self.clip_ratio_c < math.inf:
+            floor = self.clip_ratio_c * advantages
+            surrogate = torch.where(advantages < 0, torch.max(surrogate, floor), surrogate)
+        per_token = -surrogate
         mean_kl = log_probs.new_zeros(())
         if experience.ref_log_probs is not None:
             kl = approx_kl_divergence(log_probs, experience.ref_log_probs, mask)  # (N, T)
             per_token = per_token + self.kl_weight * kl
             mean_kl = masked_mean(kl, mask)
+        if self.entropy_weight:
+            per_token = per_token - self.entropy_weight * entropy
         with torch.no_grad():
             bound = ((ratio > 1 + self.clip_eps_high) & (advantages > 0)) | \
-                    ((ratio < 1 - self.clip_eps) & (advantages < 0))
+                    (((ratio < 1 - self.clip_eps) | (ratio > self.clip_ratio_c)) & (advantages < 0))
             means = [masked_mean(values, mask)
                      for values in (ratio, bound.float(), -log_probs if entropy is None else entropy)]
         return LossTerms(self._mean(per_token, mask), mean_kl, *means)

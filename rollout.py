@@ -42,6 +42,11 @@ class Group:
         """The reward of each answer."""
         return [part.reward for part in self.parts]
 
+    @property
+    def flat(self) -> bool:
+        """Whether all answers earn the same, so that nothing can be learnt from them."""
+        return max(self.rewards) == min(self.rewards)
+
 
 @dataclass(frozen=True)
 class RolloutFailure:
@@ -223,6 +228,26 @@ def rollout_groups(encoder: PromptEncoder, samples: Sequence[Sample], group_size
             else:
                 failures.append(RolloutFailure(samples[index], "the policy's log-probs are not finite"))
     return [groups[index] for index in sorted(groups)], failures
+
+
+def sample_flat_again(groups: Sequence[Group], times: int,
+                      sample: Callable[[list[Sample], int], tuple[list[Group], list[RolloutFailure]]]
+                      ) -> tuple[list[Group], list[RolloutFailure]]:
+    """Sample flat groups again, at most so many times, and leave out those that stay flat; 0 times leaves all in.
+
+    sample(products, number): how to, for the number-th time. Also returns what failed. Dynamic sampling, arXiv
+    2503.14476, section 3.2, with the same products instead of others.
+    """
+    kept, failures = list(groups), []
+    for number in range(1, times + 1):
+        flat = [group.sample for group in kept if group.flat]
+        if not flat:
+            break
+        sampled, failed = sample(flat, number)
+        again = {(group.sample.sheet, group.sample.row): group for group in sampled}
+        kept = [again.get((group.sample.sheet, group.sample.row), group) if group.flat else group for group in kept]
+        failures += failed
+    return [group for group in kept if not (times and group.flat)], failures
 
 
 def _sample_groups(policy: Policy, samples: Sequence[Sample], prompts: Sequence[Prompt], group_size: int,

@@ -37,12 +37,19 @@ from ground.options import write_options
 from loss import group_advantages
 from models.policy import Policy
 from models.processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
-from models.sharding import gathered, load_optimizer_state, shard, whole_optimizer_state, whole_weights
+from models.sharding import (
+    gathered,
+    load_optimizer_state,
+    load_whole_weights,
+    shard,
+    whole_optimizer_state,
+    whole_weights,
+)
 from models.trainable import parameter_table, set_trainable
 from own_reward import Scorer
 from prompts import read_template
 from replay_buffer import Experience, ReplayBuffer
-from rollout import Group, PromptEncoder, rollout_groups
+from rollout import Group, PromptEncoder, RolloutFailure, rollout_groups, sample_flat_again
 from sheets.samples import DataError, Sample, products_of_step
 from training.checkpoint import find_resume, is_better, keep_best, read_best, read_state, save_checkpoint
 from training.curves import Bounds, Curves, describe, log_groups, log_held_out, log_step, warn_of_failures
@@ -105,21 +112,19 @@ def train(options: TrainOptions) -> Path | None:
             coming = products_at(step + 1, run, options) if step + 1 < options.max_steps else []
             run.encoder.prefetch([*products, *coming])
             with timed(seconds, "rollout"), gathered(run.policy):
-                groups, failures = rollout_groups(run.encoder, products, options.group_size, options.temperature,
-                                                  options.max_length, f"{options.seed}/{step}",
-                                                  options.rollout_batch_size)
-                run.scorer.rescore(groups)
+                groups, trained, failures = roll_out(run, products, options, f"{options.seed}/{step}")
             with timed(seconds, "reference"):
-                buffer = fill_buffer(groups, run, options)
+                buffer = fill_buffer(trained, run, options)
             with timed(seconds, "update"):
                 set_learning_rate(run.learner.optimizer, rate)
                 metrics = update(run.learner, buffer, options, step)
-            metrics |= describe(groups, failures, run.processes) | {"lr": rate}
+            metrics |= describe(groups, trained, failures, run.processes) | {"lr": rate}
             sampled = sampled or "returns" in metrics
             count_bad_step(run, metrics, step + 1)
+            sync_reference(run, options, step + 1)
             if run.writer:
                 log_step(run.writer, step + 1, options.max_steps, metrics, seconds)
-                log_groups(run.writer, groups, buffer.items, options, step + 1)
+                log_groups(run.writer, groups, trained, buffer.items, options, step + 1)
                 bounds.look(metrics, step + 1)
             bar.update(per_step)
             if finish_step(run, options, step + 1, interruption):
@@ -150,6 +155,21 @@ def products_at(step: int, run: Run, options: TrainOptions) -> list[Sample]:
                              run.processes.world)]
 
 
+def roll_out(run: Run, products: Sequence[Sample], options: TrainOptions, seed: str
+             ) -> tuple[list[Group], list[Group], list[RolloutFailure]]:
+    """Sample and score a group for each product; also returns those to train on, and what failed."""
+    def sample(some: Sequence[Sample], own_seed: str) -> tuple[list[Group], list[RolloutFailure]]:
+        groups, failures = rollout_groups(run.encoder, some, options.group_size, options.temperature,
+                                          options.max_length, own_seed, options.rollout_batch_size)
+        run.scorer.rescore(groups)
+        return groups, failures
+
+    groups, failures = sample(products, seed)
+    trained, failed_again = sample_flat_again(groups, options.resample_flat,
+                                              lambda flat, number: sample(flat, f"{seed}/{number}"))
+    return groups, trained, [*failures, *failed_again]
+
+
 def count_bad_step(run: Run, metrics: dict[str, float], step: int) -> None:
     """Note why a step moved no weight; one that moved them ends the row of bad ones."""
     if metrics["optimizer_steps"]:
@@ -157,10 +177,17 @@ def count_bad_step(run: Run, metrics: dict[str, float], step: int) -> None:
         return
     why = ("no answer could be sampled" if "returns" not in metrics else
            "loss or gradient not finite" if metrics["skipped_minibatches"] else
+           "every group without spread, however often sampled (--resample_flat)" if not metrics["trained_groups"] else
            "every answer left out by --mask_truncated")
     run.bad_steps = [*run.bad_steps, why]
     if run.processes.main:
         logger.warning(f"step {step}: no optimizer step: {why}")
+
+
+def sync_reference(run: Run, options: TrainOptions, step: int) -> None:
+    """Every ref_sync_every steps, move the reference policy towards the policy (TR-DPO, arXiv 2404.09656)."""
+    if options.ref_sync_every and step % options.ref_sync_every == 0:
+        run.reference.move_towards(run.policy, options.ref_sync_mix)
 
 
 def finish_step(run: Run, options: TrainOptions, step: int, interruption: Interruption) -> bool:
@@ -217,6 +244,8 @@ def save(run: Run, options: TrainOptions, step: int) -> None:
     state = {"step": step, "first": run.first, "why_bad": run.bad_steps, "world": world,
              "products_per_step": options.batch_size * world,
              "optimizer": whole_optimizer_state(run.learner.optimizer, keep=main)}
+    if options.ref_sync_every:
+        state["reference"] = whole_weights(run.reference, keep=main)
     try:
         run.last_saved = run.processes.once(lambda: save_checkpoint(run.policy, options, step, state, weights), OSError)
     except OSError as problem:
@@ -270,6 +299,8 @@ def take_up(run: Run, options: TrainOptions, resume_from: Path) -> None:
     """Take up the optimizer and the place of the run that is resumed."""
     state = read_state(resume_from, options, run.processes.world)
     load_optimizer_state(run.learner.optimizer, state["optimizer"])
+    if "reference" in state and run.reference:
+        load_whole_weights(run.reference, state["reference"])
     run.start, run.first, run.bad_steps = state["step"], state.get("first", {}), state.get("why_bad", [])
     logger.info(f"resuming from {resume_from} at step {run.start} of {options.max_steps}"
                 + (": nothing left to do" if run.start >= options.max_steps else ""))
@@ -278,9 +309,13 @@ def take_up(run: Run, options: TrainOptions, resume_from: Path) -> None:
 def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> ReplayBuffer:
     """Turn groups into experiences: advantages within each group, log-probs under the reference policy."""
     buffer = ReplayBuffer()
+    step_rewards = [reward for group in groups for reward in group.rewards]
+    if options.scale_advantages == "batch":
+        step_rewards = [reward for share in run.processes.gather(step_rewards) for reward in share]
     for group in groups:
         rewards = torch.tensor(group.rewards, device=run.policy.device)  # (G,)
-        advantages = group_advantages(rewards, std_floor=options.std_floor, scale=options.scale_advantages)
+        advantages = group_advantages(rewards, std_floor=options.std_floor, scale=options.scale_advantages,
+                                      batch_rewards=torch.tensor(step_rewards, device=rewards.device))
         buffer.append(Experience(
             group.completions, group.action_mask, group.old_log_probs, None, rewards, advantages, group.truncated,
             (group.prompt,), None if options.train_vision else (group.features,),

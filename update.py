@@ -50,7 +50,8 @@ def make_learner(policy: Policy, parameters: list[nn.Parameter], options: TrainO
                  processes: Processes | None = None, idle: Experience | None = None) -> Learner:
     """Put together what an update needs, as the options say. processes: all of the run; None: this one alone."""
     objective = VLM_GRPOLoss(options.clip_eps, options.kl_weight, options.clip_eps_high, options.loss_type,
-                             options.max_length, options.mask_truncated)
+                             options.max_length, options.mask_truncated, ratio_level=options.ratio_level,
+                             clip_ratio_c=options.clip_ratio_c, entropy_weight=options.entropy_weight)
     return Learner(policy, parameters, make_optimizer(parameters, options), objective, processes or Processes(),
                    PassSize(options.micro_batch_size or options.minibatch_size or options.batch_size), idle)
 
@@ -129,7 +130,7 @@ def renew_old_log_probs(learner: Learner, items: Sequence[Experience], options: 
                                           device=learner.policy.device))
     ratio, gap = torch.zeros(2, device=learner.policy.device)
     for item, log_probs in log_probs_under(learner.policy, items, learner.passes, options.temperature):
-        ratio += objective.terms(log_probs, item).ratio * (objective.mask(item).sum() / tokens.clamp(min=1))
+        ratio += objective.mean_ratio(log_probs, item) * (objective.mask(item).sum() / tokens.clamp(min=1))
         gap = torch.maximum(gap, (log_probs - item.old_log_probs).abs().max())
         item.old_log_probs = log_probs
     found = {"first_ratio": float(processes.total(ratio)), "log_prob_gap": processes.most(float(gap))}
@@ -219,7 +220,7 @@ def accumulate(learner: Learner, minibatch: Sequence[Experience], options: Train
                 continue
             gap = torch.maximum(gap, (log_probs.detach() - batch.old_log_probs).abs().max())
             share = objective.mask(batch).sum() / tokens
-            sums["first_ratio"] += objective.terms(log_probs.detach(), batch).ratio * share
+            sums["first_ratio"] += objective.mean_ratio(log_probs.detach(), batch) * share
             if on_policy and policy.dtype != torch.float32:
                 batch.old_log_probs = log_probs.detach()
             terms = objective.terms(log_probs, batch, entropy)
@@ -291,7 +292,7 @@ def make_optimizer(parameters: Sequence[Tensor], options: TrainOptions) -> torch
     matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
     vectors = [parameter for parameter in parameters if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.adam_betas)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.adam_betas, eps=options.adam_eps)
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:

@@ -211,12 +211,31 @@ def check_training(options: TrainOptions) -> None:
     if options.warmup_steps > options.max_steps:
         raise OptionError(f"--warmup_steps {options.warmup_steps} is more than --max_steps {options.max_steps}")
     check_lora(options)
+    check_reference(options)
     if options.stop_after and not options.eval_every:
         raise OptionError(f"--stop_after {options.stop_after} needs evaluations: give --eval_every")
     if options.stop_after and not options.save_best:
         raise OptionError(f"--stop_after {options.stop_after} without --save_best would throw the best weights away")
     if options.resume and options.overwrite_output_dir:
         raise OptionError("--resume and --overwrite_output_dir contradict each other: take one")
+
+
+def check_reference(options: TrainOptions) -> None:
+    """Refuse to move a reference policy that isn't there or can't be moved as asked; raises OptionError."""
+    if not options.ref_sync_every:
+        if options.ref_sync_mix != 1:
+            raise OptionError(f"--ref_sync_mix {options.ref_sync_mix} needs --ref_sync_every")
+        return
+    asked = f"--ref_sync_every {options.ref_sync_every}"
+    if options.lora_rank is not None:
+        raise OptionError(f"{asked} and --lora_rank contradict each other: the reference policy is the model under the "
+                          "adapter, which moves for neither. For another reference write the model with its adapter "
+                          "merged (python export.py) and train a new adapter on that")
+    if options.kl_weight == 0:
+        raise OptionError(f"{asked} needs a reference policy: give a --kl_weight above 0")
+    if options.dtype == "bfloat16" and options.ref_sync_mix < 0.5:
+        raise OptionError(f"--ref_sync_mix {options.ref_sync_mix}: with --dtype bfloat16 the reference policy is held "
+                          "in bfloat16, where moves so small are lost in rounding: take 0.5 or more")
 
 
 def check_lora(options: TrainOptions) -> None:
@@ -325,6 +344,8 @@ def write_options(options: TrainOptions, path: Path) -> None:
 def read_options(path: Path) -> TrainOptions:
     """Read options that write_options wrote; unknown names (of another version) raise OptionError."""
     plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if isinstance(plain.get("scale_advantages"), bool):  # of a version that knew two of the three ways
+        plain["scale_advantages"] = "group" if plain["scale_advantages"] else "none"
     known = {item.name for item in fields(TrainOptions)}
     unknown = sorted(set(plain) - known)
     if unknown:

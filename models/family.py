@@ -57,6 +57,13 @@ class Family:
         """
         raise NotImplementedError
 
+    def check_bounds(self, model: nn.Module, image_processor: Any, max_slice_nums: int | None, max_pixels: int | None
+                     ) -> None:
+        """Refuse bounds of a photo that mean nothing to this family; raises ModelError."""
+        if max_slice_nums is not None and not self.cuts_slices:
+            raise ModelError(f"max_slice_nums {max_slice_nums}: {model.config.model_type} does not cut photos into "
+                             "slices; bound them with max_pixels instead")
+
     def encode_prompt(self, tokenizer: Any, image_processor: Any, text: str, photos: Sequence[Image.Image],
                       max_slice_nums: int | None = None, max_pixels: int | None = None) -> Prompt:
         """Turn a prompt text and its photos into ids and photo tensors, every photo in its own slices.
@@ -140,12 +147,27 @@ class Family:
                 shutil.copyfile(source, folder / name)
 
 
+def load_tokenizer(model_path: str) -> Any:
+    """Load a tokenizer with its chat template, the processor's before its own; raises ModelError without one."""
+    from transformers import AutoTokenizer, ProcessorMixin
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    template = ProcessorMixin.get_processor_dict(model_path)[0].get("chat_template")
+    if isinstance(template, str):  # the full processor takes its own template before the tokenizer's
+        tokenizer.chat_template = template
+    if not tokenizer.chat_template:
+        raise ModelError(f"{model_path}: no chat template, neither a chat_template file nor one in "
+                         "tokenizer_config.json")
+    return tokenizer
+
+
 def chat_parts(tokenizer: Any, text: str, num_photos: int, photo_marker: str) -> list[str]:
     """Write one user turn, photos before the text, and cut it at the photo markers: num_photos + 1 strings.
 
     Markers in the text become blanks: a product text must not open a turn or claim a photo.
     """
-    for marker in tokenizer.all_special_tokens:
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for marker in (*tokenizer.all_special_tokens, *added):
         text = text.replace(marker, " ")
     content = [{"type": "image"} for _ in range(num_photos)] + [{"type": "text", "text": text}]
     chat = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,

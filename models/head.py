@@ -51,9 +51,9 @@ def distribution(head: Callable[[Tensor], Tensor], hidden: Tensor, temperature: 
 
 def token_log_probs(head: nn.Linear, hidden: Tensor, tokens: Tensor, temperature: float, banned: Tensor,
                  with_entropy: bool = True, chunk_numbers: int = CHUNK_NUMBERS) -> tuple[Tensor, Tensor]:
-    """Log-probs of the tokens (n,) that hidden states (n, d) predict; and the entropy there, without gradient: (n,).
+    """Log-probs of the tokens (n,) that hidden states (n, d) predict; and the entropy there: (n,).
 
-    with_entropy False leaves the entropy 0.
+    with_entropy False leaves the entropy 0, without gradient.
     """
     rows = max(1, chunk_numbers // head.weight.shape[0])
     return _TokenLogProbs.apply(hidden, head.weight, tokens, temperature, banned, with_entropy, rows)
@@ -65,7 +65,8 @@ def _log_softmax(logits: Tensor, temperature: float, banned: Tensor) -> Tensor:
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """d log p(token) / d logits = (one at the token - p) / temperature, a chunk of rows at a time."""
+    """d log p(token) / d logits = (one at the token - p) / temperature, and d entropy / d logits = -p (log p + entropy)
+    / temperature, a chunk of rows at a time."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, banned: Tensor,
@@ -83,13 +84,16 @@ class _TokenLogProbs(torch.autograd.Function):
                 entropy[chunk] = -log_probs.mul_(probabilities).nan_to_num_(nan=0.0).sum(1)
             if whole:
                 ctx.probabilities = probabilities
-        ctx.save_for_backward(hidden, weight, tokens, banned)
-        ctx.mark_non_differentiable(entropy)
+        ctx.save_for_backward(hidden, weight, tokens, banned, entropy)
+        ctx.set_materialize_grads(False)  # what the loss makes no use of costs nothing
+        if not with_entropy:
+            ctx.mark_non_differentiable(entropy)
         return taken, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, tokens, banned = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, tokens, banned, entropy = ctx.saved_tensors
+        grad = torch.zeros_like(entropy) if grad is None else grad
         cast = weight.to(ctx.dtype)
         head = Logits(weight, ctx.dtype) if ctx.probabilities is None else None
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -99,8 +103,13 @@ class _TokenLogProbs(torch.autograd.Function):
             logits_grad = ctx.probabilities
             if logits_grad is None:
                 logits_grad = _log_softmax(head(own), ctx.temperature, banned).exp_()  # (rows, V)
+            if entropy_grad is not None:
+                widening = torch.xlogy(logits_grad, logits_grad).add_(logits_grad * entropy[chunk, None])
+                widening.mul_(-entropy_grad[chunk, None] / ctx.temperature)
             logits_grad.mul_(-grad[chunk, None] / ctx.temperature)
             logits_grad.scatter_add_(1, tokens[chunk, None], grad[chunk, None] / ctx.temperature)
+            if entropy_grad is not None:
+                logits_grad += widening
             logits_grad = logits_grad.to(ctx.dtype)
             if hidden_grad is not None:
                 hidden_grad[chunk] = (logits_grad @ cast).to(hidden.dtype)

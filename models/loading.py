@@ -19,8 +19,9 @@ from models.family import AtBirth, Family, ModelError
 from models.minicpm_remote import MiniCPMRemote
 from models.minicpm_v46 import MiniCPMV46, MiniCPMV47
 from models.qwen_vl import Qwen3VL, Qwen25VL
+from models.smolvlm import SmolVLM
 
-FAMILIES: tuple[Family, ...] = (MiniCPMV46(), MiniCPMV47(), MiniCPMRemote(), Qwen25VL(), Qwen3VL())
+FAMILIES: tuple[Family, ...] = (MiniCPMV46(), MiniCPMV47(), MiniCPMRemote(), Qwen25VL(), Qwen3VL(), SmolVLM())
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -34,12 +35,12 @@ def family_of(model_type: str) -> Family:
 
 
 def stop_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """The ids that end an answer: the tokenizer's and the generation config's end, and <|im_end|>, <|endoftext|>."""
+    """The ids that end an answer: the tokenizer's and the generation config's end, and the usual chats' ends."""
     ids = {tokenizer.eos_token_id}
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids.update(configured if isinstance(configured, list) else [configured])
     vocabulary = tokenizer.get_vocab()
-    ids.update(vocabulary.get(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    ids.update(vocabulary.get(token) for token in ("<|im_end|>", "<|endoftext|>", "<end_of_utterance>"))
     ids.discard(None)
     if not ids:
         raise ModelError("the tokenizer names no end-of-text token, so no answer could ever stop")

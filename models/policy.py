@@ -94,9 +94,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.family = family_of(model.config.model_type)
-        if max_slice_nums is not None and not self.family.cuts_slices:
-            raise ModelError(f"max_slice_nums {max_slice_nums}: {model.config.model_type} does not cut photos into "
-                             "slices; bound them with max_pixels instead")
+        self.family.check_bounds(model, image_processor, max_slice_nums, max_pixels)
         self.dtype = dtype
         self.max_slice_nums = max_slice_nums
         self.max_pixels = max_pixels
@@ -133,6 +131,12 @@ class Policy:
             self.adapter = lora.load_adapter(self.model, path)
         else:
             load_weights(self.model, path)
+
+    @torch.no_grad()
+    def move_towards(self, other: "Policy", mix: float) -> None:
+        """Move every weight towards that of another policy of the same model: (1 - mix) * own + mix * other."""
+        for own, its in zip(self.model.parameters(), other.model.parameters(), strict=True):
+            own.copy_((1 - mix) * own.to(its.dtype) + mix * its)
 
     def check_weights(self, path: str) -> None:
         """Refuse a checkpoint that load_weights would not take, reading no tensor of it; raises ModelError."""
@@ -237,7 +241,7 @@ class Policy:
     def log_probs(self, prompts: Sequence[Prompt], completions: Tensor, action_mask: Tensor, temperature: float,
                   features: Sequence[Tensor | None] | None = None, exact_path: bool | None = None,
                   with_entropy: bool = True) -> tuple[Tensor, Tensor]:
-        """Take answers' log-probs: of the tokens taken, and the entropy at each token without gradient.
+        """Take answers' log-probs: of the tokens taken, and the entropy at each token.
 
         completions, action_mask: (B * G, T), G rows a prompt in order. Returns two (B * G, T) float32, 0 where masked.
         features: reuse encoded photos; None encodes them here, with gradient where the vision trains.

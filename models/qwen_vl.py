@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, prompt_ids
+from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, load_tokenizer, prompt_ids
 from models.weights import load_checked, native_class
 from sheets.photos import PhotoError
 
@@ -35,16 +35,9 @@ class Qwen25VL(Family):
     def load(self, model_path: str, dtype: torch.dtype, quantization: Any = None, at_birth: AtBirth | None = None
              ) -> tuple[nn.Module, Any, Any]:
         """Load (model, tokenizer, image processor); raises OSError when files are missing."""
-        from transformers import AutoTokenizer, ProcessorMixin
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
-        template = ProcessorMixin.get_processor_dict(model_path)[0].get("chat_template")
-        if isinstance(template, str):  # the full processor takes its own template before the tokenizer's
-            tokenizer.chat_template = template
-        if not tokenizer.chat_template:
-            raise ModelError(f"{model_path}: no chat template, neither a chat_template file nor one in "
-                             "tokenizer_config.json")
+        tokenizer = load_tokenizer(model_path)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(model_path)
         model = load_checked(native_class(model_path), model_path, at_birth, dtype=dtype,
                              quantization_config=quantization)

@@ -147,6 +147,13 @@ def whole_weights(policy: Policy, keep: bool) -> dict[str, Tensor]:
     return kept
 
 
+def load_whole_weights(policy: Policy, weights: dict[str, Tensor]) -> None:
+    """Take on what whole_weights gave, each process its share; no more is read of weights that are in a file."""
+    for name, own in policy.model.state_dict().items():
+        if name in weights:
+            own_part(own).copy_(weights[name][own_rows(own)] if isinstance(own, DTensor) else weights[name])
+
+
 def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
     """The optimizer's state_dict as one process alone would have it, so that any number of processes can go on."""
     state = optimizer.state_dict()

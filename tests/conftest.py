@@ -77,9 +77,9 @@ def native_policy(kind, tokenizer, image_processor):
     return Policy(*parts_of(kind, tokenizer, image_processor))
 
 
-@pytest.fixture(params=["dense", "hybrid", "v47", "remote", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(params=["dense", "hybrid", "v47", "remote", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"])
 def policy(request, tokenizer, image_processor):
-    """A tiny policy of each kind: MiniCPM-V-4.6 with both kinds of text model, 4.7, remote code, the Qwen families."""
+    """A tiny policy of each kind: MiniCPM-V-4.6 with both kinds of text model, 4.7, remote code, Qwen, SmolVLM."""
     if request.param == "remote":
         return request.getfixturevalue("remote_policy")
     return native_policy(request.param, tokenizer, image_processor)

@@ -13,10 +13,13 @@ import pytest
 import safetensors.torch
 import torch
 from transformers import PreTrainedModel
+from transformers.models.idefics3 import modeling_idefics3  # noqa: F401
+from transformers.models.llama import modeling_llama  # noqa: F401
 from transformers.models.minicpmv4_7 import modeling_minicpmv4_7  # noqa: F401
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl  # noqa: F401
 from transformers.models.qwen3_5 import modeling_qwen3_5  # noqa: F401
 from transformers.models.qwen3_vl import modeling_qwen3_vl  # noqa: F401
+from transformers.models.smolvlm import modeling_smolvlm  # noqa: F401
 
 import train_vlm_parallel  # noqa: F401
 from models import loading, weights

@@ -38,9 +38,20 @@ def test_group_advantages():
     assert group_advantages(rewards).tolist() == pytest.approx(expected, rel=1e-5)
     assert group_advantages(rewards, std_floor=0.6).tolist() == pytest.approx([-0.5, -1 / 6, 1 / 6, 0.5], rel=1e-5)
     assert group_advantages(rewards, std_floor=0.1).tolist() == pytest.approx(expected, rel=1e-5)
-    assert group_advantages(rewards, scale=False).tolist() == pytest.approx([-0.3, -0.1, 0.1, 0.3], rel=1e-5)
+    assert group_advantages(rewards, scale="none").tolist() == pytest.approx([-0.3, -0.1, 0.1, 0.3], rel=1e-5)
     assert group_advantages(rewards, eps=1.0).tolist() == pytest.approx([x * std / (std + 1) for x in expected],
                                                                         rel=1e-5)
+
+
+def test_advantages_over_the_spread_of_the_batch():
+    # 0, 0.2, 0.4 and 1: mean 0.4, squares 0.16, 0.04, 0, 0.36, sample variance 0.56 / 3. The group's mean is 0.1.
+    rewards, batch, std = torch.tensor([0.0, 0.2]), torch.tensor([0.0, 0.2, 0.4, 1.0]), math.sqrt(0.56 / 3)
+    found = group_advantages(rewards, scale="batch", batch_rewards=batch)
+    assert found.tolist() == pytest.approx([-0.1 / std, 0.1 / std], rel=1e-5)
+    floored = group_advantages(rewards, std_floor=0.5, scale="batch", batch_rewards=batch)
+    assert floored.tolist() == pytest.approx([-0.2, 0.2], rel=1e-5)
+    assert group_advantages(rewards[:1], scale="batch", batch_rewards=batch).tolist() == [0.0]
+    assert group_advantages(torch.tensor([0.7] * 12), scale="batch", batch_rewards=batch).tolist() == [0.0] * 12
 
 
 def test_groups_without_spread_get_zero():
@@ -88,6 +99,67 @@ def test_clipped_loss(loss_type, expected):
 def test_upper_clip_of_its_own():
     loss, _ = VLM_GRPOLoss(0.2, 0.0, clip_eps_high=0.4)(torch.tensor(NEW), experience(OLD, ADVANTAGES, MASK))
     assert float(loss) == pytest.approx(((-2.8 - 1.0) / 2 + 0.8) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(("loss_type", "expected"), [
+    # Of the first answer's ratios 1.5 and 0.5 the geometric mean, sqrt(0.75) = 0.866, times A = 2, is not clipped below
+    # for A > 0; the second answer's 0.5 is its only token's, clipped to 0.8 for A = -1.
+    ("grpo", (-2 * math.sqrt(0.75) + 0.8) / 2), ("dapo", (2 * -2 * math.sqrt(0.75) + 0.8) / 3),
+    ("dr_grpo", (2 * -2 * math.sqrt(0.75) + 0.8) / 2 / 10)])
+def test_a_ratio_an_answer(loss_type, expected):
+    objective = VLM_GRPOLoss(0.2, 0.0, loss_type=loss_type, max_length=10, ratio_level="sequence")
+    new = torch.tensor(NEW, requires_grad=True)
+    terms = objective.terms(new, experience(OLD, ADVANTAGES, MASK))
+    assert float(terms.total_loss.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(terms.ratio) == pytest.approx((2 * math.sqrt(0.75) + 0.5) / 3, rel=1e-5)
+    assert float(terms.clip_fraction) == pytest.approx(1 / 3)  # one token of three, in an answer of its own
+    terms.total_loss.backward()
+    if loss_type == "grpo":  # d/d log pi of -2 s, s the mean ratio: -2 s / 2 a token; over two answers
+        assert new.grad[0].tolist() == pytest.approx([-math.sqrt(0.75) / 2, -math.sqrt(0.75) / 2, 0], rel=1e-5)
+    assert not new.grad[1].any()  # clipped
+
+
+def test_dual_clip_bounds_what_a_bad_answer_costs():
+    # Ratios 5, 2 and 0.5. For A = -2: min(5 * -2, 1.2 * -2) = -10, bounded by 3 * -2; min(2 * -2, -2.4) = -4; the last
+    # is clipped to 0.8 * -2. For A = 2 nothing changes: 1.2 * 2, 1.2 * 2, 0.5 * 2.
+    old, new = [[LOG(0.1), LOG(0.2), LOG(0.4)]] * 2, [[LOG(0.5), LOG(0.4), LOG(0.2)]] * 2
+    group = experience(old, [-2.0, 2.0], [[True] * 3] * 2)
+    tensor = torch.tensor(new, requires_grad=True)
+    terms = VLM_GRPOLoss(0.2, 0.0, clip_ratio_c=3.0).terms(tensor, group)
+    assert float(terms.total_loss.detach()) == pytest.approx(((6 + 4 + 1.6) / 3 - (2.4 + 2.4 + 1) / 3) / 2, rel=1e-5)
+    assert float(terms.clip_fraction) == pytest.approx((2 + 2) / 6)
+    terms.total_loss.backward()  # of the first token nothing, of the second 2 * 2 / 3 tokens / 2 answers
+    assert tensor.grad[0].tolist() == pytest.approx([0, 4 / 6, 0], rel=1e-5)
+    plain = VLM_GRPOLoss(0.2, 0.0).terms(torch.tensor(new), group)
+    assert float(plain.total_loss) == pytest.approx(((10 + 4 + 1.6) / 3 - (2.4 + 2.4 + 1) / 3) / 2, rel=1e-5)
+    assert float(plain.clip_fraction) == pytest.approx((1 + 2) / 6)
+
+
+@pytest.mark.parametrize(("loss_type", "mean"), [("grpo", ((1 + 2) / 2 + 6) / 2), ("dapo", (1 + 2 + 6) / 3),
+                                                ("dr_grpo", (1 + 2 + 6) / 2 / 10)])
+def test_entropy_is_rewarded(loss_type, mean):
+    plain, rewarding = (VLM_GRPOLoss(0.2, 0.0, loss_type=loss_type, max_length=10, entropy_weight=weight)
+                        for weight in (0.0, 0.1))
+    entropy = torch.tensor([[1.0, 2.0, float("nan")], [6.0, 99.0, 99.0]], requires_grad=True)
+    group = experience(OLD, ADVANTAGES, MASK)
+    before, after = (each.terms(torch.tensor(NEW), group, entropy).total_loss for each in (plain, rewarding))
+    assert float(after.detach()) == pytest.approx(float(before) - 0.1 * mean, rel=1e-5)
+    after.backward()
+    share = {"grpo": [[1 / 4, 1 / 4, 0], [1 / 2, 0, 0]], "dapo": [[1 / 3, 1 / 3, 0], [1 / 3, 0, 0]],
+             "dr_grpo": [[1 / 20, 1 / 20, 0], [1 / 20, 0, 0]]}[loss_type]
+    assert torch.allclose(entropy.grad, -0.1 * torch.tensor(share))
+    with pytest.raises(ValueError, match="entropy of each token"):
+        rewarding(torch.tensor(NEW), group)
+
+
+def test_a_ratio_an_answer_ignores_what_lies_behind_it():
+    dirty = [[*NEW[0][:2], float("nan")], [NEW[1][0], 99.0, -1e9]]
+    objective = VLM_GRPOLoss(0.2, 0.0, ratio_level="sequence")
+    new = torch.tensor(dirty, requires_grad=True)
+    loss, _ = objective(new, experience(OLD, ADVANTAGES, MASK))
+    assert float(loss.detach()) == pytest.approx((-2 * math.sqrt(0.75) + 0.8) / 2, rel=1e-5)
+    loss.backward()
+    assert torch.isfinite(new.grad).all()
 
 
 def test_kl_term_and_its_mean_over_real_tokens():
@@ -186,3 +258,5 @@ def test_wrong_settings_are_refused():
         VLM_GRPOLoss(0.2, 0.0, loss_type="ppo")
     with pytest.raises(ValueError, match="max_length"):
         VLM_GRPOLoss(0.2, 0.0, loss_type="dr_grpo")
+    with pytest.raises(ValueError, match="token or sequence"):
+        VLM_GRPOLoss(0.2, 0.0, ratio_level="word")

@@ -104,6 +104,49 @@ def qwen_image_processor():
     return Qwen2VLImageProcessorPil(merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 128 * 96}, **PATCH)
 
 
+SMOLVLM_CHAT = ("<|im_start|>{% for message in messages %}{{ message.role | capitalize }}"
+                "{% if message.content[0].type == 'image' %}:{% else %}: {% endif %}{% for part in message.content %}"
+                "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+                "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
+TILES = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+
+
+def smolvlm_tokenizer():
+    """The demo's vocabulary with SmolVLM's markers and chat."""
+    from transformers import AddedToken, PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=demo.make_tokenizer(seed=0).backend_tokenizer, eos_token="<end_of_utterance>",
+        pad_token="<|endoftext|>", extra_special_tokens=["<fake_token_around_image>", "<image>"])
+    # Special, but not among all_special_tokens.
+    tokenizer.add_tokens([AddedToken(marker, special=True) for marker in ("<global-img>", *TILES)])
+    tokenizer.chat_template = SMOLVLM_CHAT
+    return tokenizer
+
+
+def smolvlm_model(kind, tokenizer):
+    """A tiny SmolVLM as its first makers save it (idefics3), or a tiny SmolVLM2: frames of 16 x 16 pixels, 4 tokens."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    text = {"model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+            "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 4}
+    return sharpen(AutoModelForImageTextToText.from_config(AutoConfig.for_model(
+        kind, text_config=text, vision_config=vision, scale_factor=2, tie_word_embeddings=kind == "smolvlm",
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"))))
+
+
+def smolvlm_image_processor(kind, edge=2, **options):
+    """A processor of up to edge x edge tiles of 16 x 16 pixels and an overview."""
+    from transformers import Idefics3ImageProcessorPil, SmolVLMImageProcessorPil
+
+    processor = {"idefics3": Idefics3ImageProcessorPil, "smolvlm": SmolVLMImageProcessorPil}[kind]
+    return processor(size={"longest_edge": edge * 16}, max_image_size={"longest_edge": 16}, image_seq_len=4, **options)
+
+
 def parts_of(kind, tokenizer, image_processor):
     """Model, tokenizer and image processor of a native kind; those given belong to MiniCPM-V-4.6."""
     layers = {"dense": ["full_attention"] * 2,
@@ -112,6 +155,9 @@ def parts_of(kind, tokenizer, image_processor):
         return tiny_model(tokenizer, layers["hybrid"], "4_7"), tokenizer, image_processor
     if kind in layers:
         return tiny_model(tokenizer, layers[kind]), tokenizer, image_processor
+    if kind in ("idefics3", "smolvlm"):
+        tokenizer = smolvlm_tokenizer()
+        return smolvlm_model(kind, tokenizer), tokenizer, smolvlm_image_processor(kind)
     tokenizer = qwen_tokenizer()
     return qwen_model(kind, tokenizer), tokenizer, qwen_image_processor()
 

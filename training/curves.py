@@ -33,13 +33,14 @@ MEANINGS = {
     "success_rate": "share of sampled answers with a reward of 0.9 or more",
     "valid_rate": "share of sampled answers in which a size can be read",
     "zero_variance_share": "share of groups whose answers all earn the same, so that nothing is learnt from them",
+    "trained_groups": "groups that the update learns from: all, or those with spread where resample_flat is given",
     "answer_length": "mean tokens of an answer, the stop token included",
     "truncated_share": "share of answers that hit max_length without a stop token",
     "failed_rollouts": "products of the step that gave no group; the log says why",
-    "total_loss": "the policy loss plus kl_weight times the KL term. With loss_type grpo about 0 at each step's first "
-                  "update, since a group's advantages average to zero; dapo and dr_grpo give a long answer more "
-                  "weight than a short one, so not there, nor where mask_truncated leaves answers out. Watch returns "
-                  "instead",
+    "total_loss": "the policy loss plus kl_weight times the KL term, less entropy_weight times the entropy. With "
+                  "loss_type grpo about 0 at each step's first update, since a group's advantages average to zero; "
+                  "dapo and dr_grpo give a long answer more weight than a short one, so not there, nor where "
+                  "mask_truncated leaves answers out or entropy is rewarded. Watch returns instead",
     "kl_divergence": "how far the policy has moved from the reference policy, per token (k3 estimate); a few tenths "
                      "are a lot, a steep rise says that the learning rate is too high. In bfloat16 about 1e-5 of it is "
                      "rounding where products are put together in other passes than for the reference, else none",
@@ -93,15 +94,20 @@ def warn_of_failures(what: str, failures: Sequence[Any]) -> None:
         logger.warning(f"{what}: {failure}{way_out}")
 
 
-def describe(groups: Sequence[Group], failures: Sequence[Any], processes: Processes) -> dict[str, float]:
+def describe(groups: Sequence[Group], trained: Sequence[Group], failures: Sequence[Any], processes: Processes
+             ) -> dict[str, float]:
     """Describe what all processes sampled: rewards, readable answers, groups without any signal, lengths; name here
-    what failed here."""
+    what failed here.
+
+    groups: as sampled first, which is what the policy does. trained: those that go into the update.
+    """
     warn_of_failures("no rollout", failures)
     own = [(group.rewards, [part.valid for part in group.parts],
             group.action_mask.sum(1).tolist(), group.truncated.tolist()) for group in groups]
-    everywhere = processes.gather((own, len(failures)))
-    metrics: dict[str, float] = {"failed_rollouts": sum(count for _, count in everywhere)}
-    sampled = [group for groups, _ in everywhere for group in groups]
+    everywhere = processes.gather((own, len(failures), len(trained)))
+    metrics: dict[str, float] = {"failed_rollouts": sum(count for _, count, _ in everywhere),
+                                 "trained_groups": sum(count for _, _, count in everywhere)}
+    sampled = [group for groups, *_ in everywhere for group in groups]
     if not sampled:
         return metrics
     rewards, valid, lengths, truncated = ([value for group in sampled for value in group[index]] for index in range(4))
@@ -157,11 +163,11 @@ class Bounds:
                            "or a higher --temperature")
 
 
-def log_groups(writer: Curves, groups: Sequence[Group], items: Sequence[Experience], options: TrainOptions, step: int
-               ) -> None:
+def log_groups(writer: Curves, groups: Sequence[Group], trained: Sequence[Group], items: Sequence[Experience],
+               options: TrainOptions, step: int) -> None:
     """Write a step's rewards and errors; every show_every steps, and at step 1, the candidates of its telling groups.
 
-    items: the experiences made of the groups, in the same order.
+    items: the experiences made of the trained groups, in the same order.
     """
     if not groups:
         return
@@ -171,9 +177,9 @@ def log_groups(writer: Curves, groups: Sequence[Group], items: Sequence[Experien
                   if (error := measures.side_error(part.errors, side)) is not None]
         if errors:
             writer.add_scalar(f"errors/{side}", fmean(min(error, 1.0) for error in errors), step)
-    if options.show_every and (step == 1 or step % options.show_every == 0):
-        for title, place in telling(groups).items():
-            log_candidates(writer, f"step/{title}", groups[place], items[place].advantages.tolist(), step)
+    if trained and options.show_every and (step == 1 or step % options.show_every == 0):
+        for title, place in telling(trained).items():
+            log_candidates(writer, f"step/{title}", trained[place], items[place].advantages.tolist(), step)
 
 
 def telling(groups: Sequence[Group]) -> dict[str, int]:
@@ -191,9 +197,10 @@ def log_held_out(writer: Curves, encoder: PromptEncoder, held_out: Sequence[Samp
     groups, _ = rollout_groups(encoder, held_out[:HELD_OUT_SHOWN], options.group_size, options.temperature,
                                options.max_length, f"shown/{options.seed}", options.rollout_batch_size)
     scorer.rescore(groups)
+    shown_rewards = torch.tensor([reward for group in groups for reward in group.rewards])
     for number, group in enumerate(groups, start=1):
         advantages = group_advantages(torch.tensor(group.rewards), std_floor=options.std_floor,
-                                      scale=options.scale_advantages)
+                                      scale=options.scale_advantages, batch_rewards=shown_rewards)
         log_candidates(writer, f"held out/product {number}", group, advantages.tolist(), step)
 
 

@@ -23,7 +23,7 @@ from rounding import float64
 from runs import train_options
 from tiny import adapted, noise_photo, parts_of
 
-KINDS = ["hybrid", "v47", "qwen2_5_vl", "qwen3_vl"]
+KINDS = ["hybrid", "v47", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"]
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER = """
 import gc, json, sys
@@ -70,7 +70,7 @@ def write_plain(tokenizer, image_processor, folder_of_all):
         prompt = policy.encode_prompt("box, grid 5 cm", [noise_photo(1, (200, 90)), noise_photo(2)])
         photos = {name: value.double() if value.is_floating_point() else value for name, value in prompt.photos.items()}
         inputs = {"input_ids": prompt.input_ids[None], **photos}
-        if kind != "hybrid":  # MiniCPM-V-4.6 alone numbers its positions without looking at the photos
+        if kind in ("v47", "qwen2_5_vl", "qwen3_vl"):  # these look at the photos to number their positions
             inputs["mm_token_type_ids"] = policy.family.photo_positions(policy.model, prompt).long()[None]
         given = {"inputs": inputs,
                  "options": {"max_new_tokens": 12, "suppress_tokens": policy._banned.tolist(),

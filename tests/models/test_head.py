@@ -57,8 +57,32 @@ def test_chunks_give_what_plain_log_softmax_gives(rows):
     found = torch.autograd.grad((log_probs * weights).sum(), (hidden, head.weight))
     assert torch.allclose(log_probs, plain.gather(1, tokens[:, None])[:, 0].float(), atol=1e-6)
     assert torch.allclose(entropy, torch.special.entr(plain.exp()).sum(1).float(), atol=1e-6)
-    assert not entropy.requires_grad
+    assert entropy.requires_grad and not nothing.requires_grad
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 100])
+@pytest.mark.parametrize("both", [False, True])
+def test_the_gradient_of_the_entropy_is_the_plain_one(rows, both):
+    head, banned = make_head(), torch.tensor([2, 5])
+    hidden = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    tokens, weights = torch.tensor([0, 1, 3, 4, 6, 10, 9]), torch.randn(2, 7, dtype=torch.float64)
+    plain = distribution(head, hidden, 0.7, banned).index_fill(1, banned, 0.0)  # these have p 0, not e ** 0
+    plain_entropy = -(plain * plain.exp()).sum(1)
+    log_probs, entropy = token_log_probs(head, hidden, tokens, 0.7, banned, chunk_numbers=rows * 11)
+    sums = [(entropies * weights[1]).sum() + both * (taken.double() * weights[0]).sum() for taken, entropies in
+            ((plain.gather(1, tokens[:, None])[:, 0], plain_entropy), (log_probs, entropy))]
+    wanted, found = (torch.autograd.grad(each, (hidden, head.weight)) for each in sums)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, wanted, strict=True))
+
+
+def test_the_gradient_of_the_entropy_by_hand():
+    hidden, head = torch.ones(1, 1, dtype=torch.float64, requires_grad=True), by_hand_head()
+    _, entropy = token_log_probs(head, hidden, torch.tensor([0]), 1.0, NONE)
+    entropy.sum().backward()
+    # H = log 4 - 3/4 log 3. d H / d logits = -p (log p + H): -1/4 (-log 4 + H) = 3/16 log 3, and the same lost.
+    assert head.weight.grad[:, 0].tolist() == pytest.approx([3 / 16 * math.log(3), -3 / 16 * math.log(3)])
+    assert hidden.grad.item() == pytest.approx(-3 / 16 * math.log(3) ** 2)
 
 
 def test_a_frozen_head_gets_no_gradient():

@@ -287,7 +287,7 @@ def test_four_bit_layers_are_kept_from_packing():
     assert packs.support_avx512bf16_for_cpu is False
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "qwen2_5_vl", "remote"])
+@pytest.mark.parametrize("kind", ["hybrid", "qwen2_5_vl", "idefics3", "remote"])
 def test_gradients_through_four_bits_are_those_through_the_same_weights_in_full(
         kind, request, tokenizer, image_processor, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="4 bits need bitsandbytes")
@@ -365,7 +365,7 @@ def test_the_merged_folder_answers_as_base_and_adapter_do(trained, tmp_path, cap
     training.train(lora_options(Path(options.model_path).parent, tmp_path, model_path=str(merged), max_steps=1))
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "qwen2_5_vl", "qwen3_vl", "remote"])
+@pytest.mark.parametrize("kind", ["hybrid", "qwen2_5_vl", "qwen3_vl", "idefics3", "remote"])
 def test_every_family_exports(kind, request, tmp_path, tokenizer, image_processor, capsys):
     folder = tmp_path / "model"
     if kind == "remote":

@@ -293,7 +293,7 @@ def test_saved_folder_loads_by_its_path(policy, tmp_path):
 
 
 def test_unknown_families_and_missing_folders_are_named(tmp_path):
-    with pytest.raises(ModelError, match="known: minicpmo, minicpmv, minicpmv4_6"):
+    with pytest.raises(ModelError, match="known: idefics3, minicpmo, minicpmv, minicpmv4_6"):
         family_of("llama")
     with pytest.raises(ModelError, match="config.json"):
         load_minicpm(str(tmp_path / "nowhere"))

@@ -10,7 +10,7 @@ from models.trainable import set_trainable
 from tiny import adapted, parts_of, sample, three_prompts
 
 CASES = (("dense", "language", False), ("hybrid", "adapter", False), ("v47", "language", True),
-         ("qwen2_5_vl", "language and vision", True))
+         ("qwen2_5_vl", "language and vision", True), ("idefics3", "language and vision", True))
 
 
 def make(kind, trains, checkpointing):

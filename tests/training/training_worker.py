@@ -36,6 +36,7 @@ from models.sharding import whole  # noqa: E402
 from rounding import float64  # noqa: E402
 from runs import train_options  # noqa: E402
 
+LEARNING = {"scale_advantages": "batch", "entropy_weight": 0.01, "ref_sync_every": 1, "ref_sync_mix": 0.6}
 # name: the options, beside those of both; what one process does with twice the --batch_size is the measure. The shop's
 # model has both kinds of layers.
 CASES = {
@@ -45,8 +46,14 @@ CASES = {
     "fsdp, LoRA, hybrid": {"lora_rank": 4, "sharding": "fsdp"},
     "none, vision": {"train_vision": True, "missing_photos": "text_only"},
     "fsdp, vision": {"train_vision": True, "missing_photos": "text_only", "sharding": "fsdp"},
+    "none, options": LEARNING,
+    "fsdp, options": {**LEARNING, "sharding": "fsdp"},
 }
-RESUMED = {"none, resumed": {}, "fsdp, resumed": {"sharding": "fsdp"}}  # from what one process began
+RESUMED = {  # from what one process began
+    "none, resumed": {},
+    "fsdp, resumed": {"sharding": "fsdp"},
+    "fsdp, options, resumed": {**LEARNING, "sharding": "fsdp"},
+}
 
 
 def options_of_case(folder, name, batch_size, **changes):
