@@ -1,5 +1,7 @@
 """Options of the service that can't work, or aren't safe, are refused before anything is loaded."""
 
+import socket
+
 import pytest
 
 from app.door import read_keys
@@ -53,5 +55,6 @@ def test_without_a_model_the_demo_is_named(tmp_path, monkeypatch):
 def test_a_port_that_is_taken():
     with listen("127.0.0.1", 0) as taken:
         taken.listen()
+        assert taken.proto == socket.IPPROTO_TCP, "each answer would be 40 ms late"
         with pytest.raises(OptionError, match="give another --port"):
             listen("127.0.0.1", taken.getsockname()[1])
