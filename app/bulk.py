@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from ground.files import whole_file, write_json
 COMMAND = (sys.executable, "-c", "from app.sheet_process import main; main()")
 _KINDS = (".xlsx", ".xlsm", ".xls", ".xlsb", ".ods", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _NOTE, _ANSWERS, _PHOTOS = "note.json", "answers.xlsx", "photos"
-_TRIES, _PAUSE = 5, 3.0  # for a product whose worker is lost, seconds between them
+_TRIES, _PAUSE = 3, 3.0  # for a product whose worker is lost, seconds between them
 
 
 @dataclass(eq=False)
@@ -190,13 +190,14 @@ class Bulk:
     async def _line_of(self, product: dict[str, Any]) -> dict[str, Any]:
         """Answer one product of a sheet; a worker that is lost meanwhile is waited for."""
         asked = Product(product["text"], tuple(map(Path, product["photos"])), product["samples"], product["greedy"],
-                        product["missing_photos"])
+                        missing_photos=product["missing_photos"])
         for left in reversed(range(_TRIES)):
             try:
                 answered = await self._waiting.ask_for_sheet(asked)
             except Refusal as refusal:
                 if refusal.status != 503 or not left:
                     return {"failure": refusal.message}
+                asked = replace(asked, alone=True)
                 await asyncio.sleep(_PAUSE)
             else:
                 self._count(asked, answered)

@@ -24,7 +24,7 @@ from config import ServiceOptions
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = (sys.executable, "-c", "from app.worker import main; main()")
 LONGEST_LINE = 2 ** 24  # bytes
-_LONGEST_PAUSE = 60.0  # seconds between starts
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds between starts
 _STEADY = 60.0  # seconds after which a worker counts as well
 _FOR_THE_END = 2.0  # seconds that a worker gets to end by itself
 
@@ -47,7 +47,7 @@ class Worker:
 
     async def keep(self) -> None:
         """Keep the process up until cancelled: after each loss start it again, with growing pauses."""
-        pause = 1.0
+        pause = _FIRST_PAUSE
         while True:
             began = time.monotonic()
             try:
@@ -55,7 +55,7 @@ class Worker:
             except (Lost, OSError) as lost:
                 self.state, self.problem = "restarting", str(lost)
             if time.monotonic() - began > _STEADY:
-                pause = 1.0
+                pause = _FIRST_PAUSE
             self.restarts += 1
             self._metrics.restarts.labels(self.device).inc()
             logger.error(f"worker {self.device}: {self.problem}; started again in {pause:g} s")
@@ -102,7 +102,7 @@ class Worker:
         began = time.monotonic()
         products = [{"text": job.product.text, "photos": [str(path) for path in job.product.photos],
                      "missing_photos": job.product.missing_photos} for job in self._batch]
-        samples, greedy = self._batch[0].kind
+        samples, greedy, _ = self._batch[0].kind
         await self._say(process, {"products": products, "samples": samples, "greedy": greedy}, reading)
         try:
             async with asyncio.timeout(self._options.hang_seconds):
@@ -114,7 +114,10 @@ class Worker:
             if "answers" in line:
                 job.succeed(line["answers"], line["photos_used"], line["truncated"])
             else:
-                job.fail(refusal_of(line["failure"]))
+                refusal = refusal_of(line["failure"])
+                if refusal.code == "bad_photo":
+                    self._metrics.photo_failures.labels(refusal.code).inc()
+                job.fail(refusal)
         self._batch = []
 
     async def _say(self, process: asyncio.subprocess.Process, message: dict[str, Any], reading: asyncio.Task) -> None:
@@ -144,7 +147,8 @@ class Worker:
         return {"answer": answer, "decode_at_once": options.decode_at_once}
 
     def _environment(self) -> dict[str, str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT),
+                                                                                 os.environ.get("PYTHONPATH"))))}
         return environment | ({"CUDA_VISIBLE_DEVICES": self.device} if self.device.isdecimal() else {})
 
     def report(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before anything heavy is imported, so that --help 
     start(ServiceOptions, "Serve a trained model over HTTP.", "app.server")
 
 import asyncio
+import contextlib
 import ipaddress
 import signal
 import socket
@@ -42,9 +43,10 @@ _LOOK_EVERY = 0.2  # seconds
 class Server(uvicorn.Server):
     """uvicorn, told of the end by a signal: what was accepted is answered, within the time for it."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, state: Path):
+    def __init__(self, config: uvicorn.Config, service: Service, listening: socket.socket):
         super().__init__(config)
-        self._service, self._state = service, state  # the file
+        self._service, self.listening, self._address = service, listening, address_of(listening)
+        self._state = Path(service.options.state_dir) / READY_FILE
         self.hopeless = ""  # why no model can be opened
 
     def handle_exit(self, sig: int, frame: Any) -> None:
@@ -56,13 +58,11 @@ class Server(uvicorn.Server):
     async def watch(self) -> None:
         """Write down how the service is, end it when there is no hope, give up what still waits when it drains."""
         written, waiting = "", self._service.waiting
-        while not self.started:
-            await asyncio.sleep(_LOOK_EVERY)
-        address = address_of(self.servers[0].sockets[0])
         while True:
             status = self._service.health()["status"]
             if status != written:
-                write_text(self._state, f"{status}: {address}\n")
+                with contextlib.suppress(OSError):  # a full disk must not keep the service from ending
+                    write_text(self._state, f"{status}: {self._address}\n")
                 written = status
             if all(getattr(one, "hopeless", False) for one in self._service.answerers):
                 self.hopeless, self.should_exit = self._service.answerers[0].problem, True
@@ -85,7 +85,8 @@ def listen(host: str, port: int) -> socket.socket:
     """Take the port, before any model loads; raises OptionError when it is taken."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(found[0], socket.SOCK_STREAM)
+        # The protocol is named, or asyncio would leave Nagle's delay of 40 ms on.
+        listening = socket.socket(found[0], socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(found[4])
     except OSError as problem:
@@ -102,11 +103,11 @@ def address_of(listening: socket.socket) -> str:
         f"http://{host}:{port}"
 
 
-async def serve(server: Server, listening: socket.socket) -> None:
+async def serve(server: Server) -> None:
     """Serve until a signal ends it."""
     watching = asyncio.create_task(server.watch())
     try:
-        await server.serve([listening])
+        await server.serve([server.listening])
     finally:
         watching.cancel()
 
@@ -117,18 +118,17 @@ def main(options: ServiceOptions) -> int:
     if not options.model_path and not options.checkpoint_path:
         options = replace(options, model_path=demo_model())
     listening = listen(options.host, options.port)
-    state = Path(options.state_dir) / READY_FILE
-    state.parent.mkdir(parents=True, exist_ok=True)
+    Path(options.state_dir).mkdir(parents=True, exist_ok=True)
     service = Service(options)
     config = uvicorn.Config(make_app(service), log_config=None, access_log=False, server_header=False, ws="none",
                             lifespan="on", backlog=4096, timeout_keep_alive=15,
                             timeout_graceful_shutdown=int(options.drain_seconds + _SPARE_SECONDS))
-    server = Server(config, service, state)
+    server = Server(config, service, listening)
     logger.info(f"listening at {address_of(listening)}")
     try:
-        asyncio.run(serve(server, listening))
+        asyncio.run(serve(server))
     finally:
-        state.unlink(missing_ok=True)
+        (Path(options.state_dir) / READY_FILE).unlink(missing_ok=True)
     if server.hopeless:
         logger.error(server.hopeless)
         return 2

@@ -31,6 +31,7 @@ class Product:
     photos: tuple[Path, ...] = ()
     samples: int = 4
     greedy: bool = False
+    alone: bool = False  # not together with others, since it may be what a worker was lost by
     missing_photos: MissingPhotos = "drop_row"
 
 
@@ -57,9 +58,9 @@ class Job:
     tries: int = 0
 
     @property
-    def kind(self) -> tuple[int, bool]:
+    def kind(self) -> tuple[int, bool, int]:
         """What products that are answered together have in common."""
-        return self.product.samples, self.product.greedy
+        return self.product.samples, self.product.greedy, id(self) if self.product.alone else 0
 
     @property
     def weight(self) -> int:

@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 import time
+from pathlib import Path
 
 
 def say(message):
@@ -43,5 +44,8 @@ for line in sys.stdin:
         time.sleep(60)
     if "hang" in texts:
         time.sleep(60)
+    for text in texts:
+        while text.startswith("until") and not Path(text[6:]).exists():
+            time.sleep(0.01)
     time.sleep(0.3 if "slow" in texts else 0)
     say({"lines": [answer(product, batch) for product in batch["products"]]})

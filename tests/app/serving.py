@@ -11,7 +11,7 @@ import httpx
 import uvicorn
 
 from app.crew import Worker
-from app.server import Server
+from app.server import Server, listen, serve
 from app.web import Service, make_app
 from config import ServiceOptions
 from tiny import noise_photo
@@ -48,24 +48,24 @@ async def serving(folder, command=FAKE, answerers=None, headers=None, ready=True
     if answerers is None and not options.engine:
         service.answerers = [Worker(device, options, service.waiting, service.metrics, command)
                              for device in options.devices]
-    config = uvicorn.Config(make_app(service), port=0, log_config=None, access_log=False, server_header=False,
-                            lifespan="on", ws="none", timeout_graceful_shutdown=5)
-    server = Server(config, service, Path(options.state_dir) / "ready")
-    running = [asyncio.create_task(server.serve()), asyncio.create_task(server.watch())]
+    config = uvicorn.Config(make_app(service), log_config=None, access_log=False, server_header=False,
+                            lifespan="on", ws="none", timeout_graceful_shutdown=20)
+    server = Server(config, service, listen("127.0.0.1", 0))
+    port = server.listening.getsockname()[1]
+    running = asyncio.create_task(serve(server))
     while not server.started:
         await asyncio.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, headers=headers, trust_env=False,
                                  limits=httpx.Limits(max_connections=None)) as client:
         place = Place(service, server, client, port)
         try:
-            if ready:
-                await place.until_ready()
-            yield place
+            async with asyncio.timeout(120):
+                if ready:
+                    await place.until_ready()
+                yield place
         finally:
             server.should_exit = True
-            await running[0]
-            running[1].cancel()
+            await running
 
 
 def png(seed=1, size=(32, 32)):
