@@ -87,8 +87,9 @@ class Engine:
 
     async def _check_example(self) -> None:
         example, folder = self._notes["example"], Path(self._options.model_path)
-        files = [folder / name for name in example["photos"]]
-        if not all(path.is_file() for path in files):
+        named = example["photos"]  # their number, as a folder of an older version has it, names none
+        files = [folder / name for name in named] if isinstance(named, list) else []
+        if named and not (files and all(path.is_file() for path in files)):
             logger.warning(f"{folder}: the photos of serving.json's example are not there, so the engine's answer is "
                            "not compared: write the folder anew with export.py")
             return
