@@ -132,14 +132,14 @@ def test_photos_are_sent_as_training_saw_them(tmp_path):
         head, _, content = url.partition(";base64,")
         return head, base64.b64decode(content)
 
-    red = Image.new("RGB", (8, 4), "red")
+    red = Image.new("RGB", (24, 16), "red")
     for name, kind in (("a.png", "png"), ("a.jpg", "jpeg"), ("a.webp", "webp")):
         assert sent(name, red) == (f"data:image/{kind}", (tmp_path / name).read_bytes())
     exif = Image.Exif()
     exif[0x0112] = 6
     head, content = sent("turned.jpg", red, exif=exif)
-    assert head == "data:image/png" and Image.open(io.BytesIO(content)).size == (4, 8)
-    head, content = sent("clear.png", Image.new("RGBA", (2, 2), (0, 0, 0, 0)))
+    assert head == "data:image/png" and Image.open(io.BytesIO(content)).size == (16, 24)
+    head, content = sent("clear.png", Image.new("RGBA", (9, 9), (0, 0, 0, 0)))
     assert Image.open(io.BytesIO(content)).convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     assert sent("a.gif", red)[0] == "data:image/png"
     shutil.copy(tmp_path / "a.png", tmp_path / "copy.png")

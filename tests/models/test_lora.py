@@ -26,7 +26,7 @@ from models.trainable import parameter_table, set_trainable, warn_without_gradie
 from own_reward import Scorer
 from rounding import float64
 from runs import tags, train_options
-from sheets.photos import content_key
+from sheets.photos import open_photo
 from sheets.samples import cached_photo_path
 from tiny import adapted, parts_of, sample, three_prompts
 from training.trained import TrainedModel, options_of
@@ -433,9 +433,9 @@ def test_whole_weights_are_exported_with_prompt_and_sampling(shop, tmp_path, cap
     assert sampling.max_new_tokens == 8 and sampling.repetition_penalty == 1.0
     serving = json.loads((tmp_path / "served" / "serving.json").read_text())
     example = serving["example"]
-    assert example["photos"] == 1 and example["photo_files"] == ["example_0.png"]
-    assert content_key(tmp_path / "served" / "example_0.png") == content_key(
-        cached_photo_path("https://shop.invalid/0.png", shop / "photos"))
+    assert example["photos"] == ["example/photo_1.png"]
+    assert open_photo(tmp_path / "served/example/photo_1.png").tobytes() == open_photo(
+        cached_photo_path("https://shop.invalid/0.png", shop / "photos")).tobytes()
     assert serving["user_message"]["2 photos"] == "{text}" and serving["photos"]["at_most"] == 5
     policy = Policy(*load_minicpm(str(tmp_path / "served")))
     ids = torch.tensor(example["prompt_ids"])
