@@ -150,7 +150,7 @@ def log_probs_under(policy: Policy, items: Sequence[Experience], passes: PassSiz
 
     found = []
     with torch.no_grad(), gathered(policy):
-        for together, log_probs in passes.passes(items, score, "taking log-probs"):
+        for together, log_probs in passes.passes(by_length(items), score, "taking log-probs"):
             if log_probs is None:
                 raise no_memory(together[0].sources)
             rows = log_probs.split([len(item.rewards) for item in together])
@@ -282,9 +282,14 @@ def pretend(policy: Policy, prompt: Prompt, group_size: int, length: int, featur
 
 def micro_batches(items: Sequence[Experience], size: int) -> Iterator[list[Experience]]:
     """Cut experiences into batches of at most `size` products, similar prompt lengths together."""
-    ordered = sorted(items, key=lambda item: len(item.prompts[0].input_ids))
+    ordered = by_length(items)
     for start in range(0, len(ordered), size):
         yield ordered[start:start + size]
+
+
+def by_length(items: Sequence[Experience]) -> list[Experience]:
+    """Put experiences in the order in which every pass takes them: together little is padded, and alike everywhere."""
+    return sorted(items, key=lambda item: len(item.prompts[0].input_ids))
 
 
 def make_optimizer(parameters: Sequence[Tensor], options: TrainOptions) -> torch.optim.AdamW:

@@ -19,6 +19,7 @@ from config import TrainOptions
 from ground.errors import OptionError
 from ground.files import whole_folder
 from models.family import ModelError
+from models.memory import PassSize
 from models.policy import Policy
 from replay_buffer import ReplayBuffer
 from rounding import float64
@@ -340,6 +341,23 @@ def test_every_pass_halves_and_no_product_is_lost(shop, tmp_path, said, monkeypa
     one, other = weights(wanted), weights(found)
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-9
     assert tags(tmp_path / "a/logs")["returns"] == tags(tmp_path / "b/logs")["returns"]
+
+
+def test_log_probs_are_taken_in_the_passes_of_an_update(shop, tmp_path, monkeypatch):
+    """Other passes would pad, and so round, otherwise."""
+    run, buffer = one_step(train_options(shop, tmp_path))
+    items = [replace(item, prompts=(replace(item.prompts[0], input_ids=item.prompts[0].input_ids[:length]),))
+             for item, length in zip(buffer.items, (9, 5, 7), strict=True)]
+    taken = []
+
+    def log_probs(prompts, completions, *_, **__):
+        taken.append([len(prompt.input_ids) for prompt in prompts])
+        return torch.zeros(completions.shape), None
+
+    monkeypatch.setattr(run.learner.policy, "log_probs", log_probs)
+    update.log_probs_under(run.learner.policy, items, PassSize(2), 1.0)
+    assert taken == [[len(item.prompts[0].input_ids) for item in some] for some in update.micro_batches(items, 2)]
+    assert taken == [[5, 7], [9]]
 
 
 def test_no_memory_for_one_product_names_it(shop, tmp_path, monkeypatch):
