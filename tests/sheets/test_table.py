@@ -266,8 +266,8 @@ def test_parquet_keeps_long_ids_or_says_what_to_install(tmp_path):
         with pytest.raises(DataError, match="pip install pyarrow"):
             list(read_table(path, SheetOptions()))
         return
-    pd.DataFrame({"text": ["mug", None], "label": ["12 8 15", "1"], "sku_id": [123456789012345678, None]}
-                 ).astype({"sku_id": "Int64"}).to_parquet(path)
+    pd.DataFrame({"text": ["mug", None], "label": ["12 8 15", "1"],
+                  "sku_id": pd.array([123456789012345678, None], dtype="Int64")}).to_parquet(path)
     assert [cells for _, cells in read_table(path, SheetOptions())] == [
         ["text", "label", "sku_id"], ["mug", "12 8 15", "123456789012345678"], ["", "1", ""]]
 
