@@ -31,6 +31,7 @@ from sheets import workbooks
 from sheets.check_page import html_page
 from sheets.checks import FEWEST, against_text, leaks, look_across, look_at_photos
 from sheets.findings import FoundRow, RowFile, Tally
+from sheets.order import split_held_out
 from sheets.photos import SeenPhoto, examine_photos
 from sheets.samples import (
     CONTRADICTION,
@@ -44,7 +45,6 @@ from sheets.samples import (
     judge_rows,
     obey_bad_rows,
     require_usable,
-    split_held_out,
 )
 from sheets.table import as_many_as_fit, write_table
 

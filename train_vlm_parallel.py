@@ -50,7 +50,8 @@ from own_reward import Scorer
 from prompts import read_template
 from replay_buffer import Experience, ReplayBuffer
 from rollout import Group, PromptEncoder, RolloutFailure, rollout_groups, sample_flat_again
-from sheets.samples import DataError, Sample, products_of_step
+from sheets.order import products_of_step
+from sheets.samples import DataError, Sample
 from training.checkpoint import find_resume, is_better, keep_best, read_best, read_state, save_checkpoint
 from training.curves import Bounds, Curves, describe, log_groups, log_held_out, log_step, warn_of_failures
 from training.guard import check_fast_path

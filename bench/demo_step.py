@@ -36,7 +36,7 @@ import torch
 from meter import Meter, keep_memory
 from ours import make_run, our_step
 from prompts import read_template
-from sheets.samples import products_of_step
+from sheets.order import products_of_step
 from train_vlm_parallel import load_products
 
 

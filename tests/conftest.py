@@ -92,6 +92,15 @@ def qwen_policy(request, tokenizer, image_processor):
 
 
 @pytest.fixture
+def logged():
+    """Every log line of the test from INFO on, without its level."""
+    lines = []
+    sink = logger.add(lambda line: lines.append(str(line)), level="INFO", format="{message}")
+    yield lines
+    logger.remove(sink)
+
+
+@pytest.fixture
 def said():
     """Every log line of the test."""
     lines = []

@@ -16,7 +16,7 @@ WINGS = {
     "ground": ["errors", "files", "options", "commands"],
     "sizes": ["units", "forms", "labels", "answers", "texts"],
     "sheets": ["photos", "cells", "workbooks", "encodings", "text_files", "table", "addresses", "package",
-               "rich_values", "pictures", "photo_columns", "sides", "headers", "columns", "samples", "checks",
+               "rich_values", "pictures", "photo_columns", "sides", "headers", "columns", "samples", "order", "checks",
                "findings", "check_page", "fetch"],
     "models": ["family", "weights", "remote_code", "minicpm_remote", "minicpm_v46", "qwen_vl", "smolvlm",
                "shared_prefix", "decoding", "head", "lora", "loading", "memory", "policy", "trainable", "processes",

@@ -20,6 +20,7 @@ from models.processes import ALONE, Processes
 from models.sharding import own_part, splitter
 from sheets.checks import count_kinds, leaks, look_over
 from sheets.fetch import download_missing
+from sheets.order import split_held_out
 from sheets.samples import (
     WITHOUT_PHOTOS,
     DataError,
@@ -30,7 +31,6 @@ from sheets.samples import (
     load_samples,
     obey_bad_rows,
     require_usable,
-    split_held_out,
     summarise_problems,
 )
 

@@ -4,7 +4,6 @@ import random
 
 import product_texts
 import pytest
-from loguru import logger
 
 from config import SheetOptions
 from sheets.cells import DataError
@@ -22,14 +21,6 @@ FAMILIES = {
     "cp1251": (product_texts.CYRILLIC, "название,размер", "x", "см"),
     "cp1250": (product_texts.CENTRAL_EUROPEAN, "text,label", "×", "cm"),
 }
-
-
-@pytest.fixture
-def logged():
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(str(message)), level="INFO", format="{message}")
-    yield lines
-    logger.remove(sink)
 
 
 def small_files(encoding, count=24):

@@ -2,21 +2,12 @@
 
 import openpyxl
 import pytest
-from loguru import logger
 
 import check_data
 from config import CheckDataOptions, SheetOptions
 from sheets.cells import DataError
 from sheets.columns import header_rows, read_sheet
 from sheets.samples import load_samples
-
-
-@pytest.fixture
-def logged():
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(str(message)), level="INFO", format="{message}")
-    yield lines
-    logger.remove(sink)
 
 
 def csv_of(tmp_path, text):

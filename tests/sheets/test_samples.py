@@ -10,6 +10,7 @@ import openpyxl
 import pytest
 from PIL import Image
 
+from sheets.order import products_of_step, split_held_out
 from sheets.samples import (
     WITHOUT_PHOTOS,
     DataError,
@@ -22,9 +23,7 @@ from sheets.samples import (
     find_cached_photo,
     load_photos,
     load_samples,
-    products_of_step,
     require_usable,
-    split_held_out,
     summarise_problems,
 )
 

@@ -9,7 +9,6 @@ import zipfile
 import openpyxl
 import pandas as pd
 import pytest
-from loguru import logger
 
 from config import SheetOptions
 from sheet_kinds import WRITERS, write_xls
@@ -17,14 +16,6 @@ from sheets.cells import DataError
 from sheets.columns import ProductRow, read_sheet
 from sheets.samples import load_samples
 from sheets.table import read_table, write_table, write_tables
-
-
-@pytest.fixture
-def logged():
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(str(message)), level="INFO", format="{message}")
-    yield lines
-    logger.remove(sink)
 
 
 def read(path, *columns, required=("text", "label"), **options):
