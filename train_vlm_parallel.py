@@ -54,7 +54,7 @@ from rollout import Group, PromptEncoder, RolloutFailure, rollout_groups, sample
 from sheets.order import products_of_step
 from sheets.samples import DataError, Sample
 from training.checkpoint import find_resume, is_better, keep_best, read_best, read_state, save_checkpoint
-from training.curves import Bounds, Curves, describe, log_groups, log_held_out, log_step, warn_of_failures
+from training.curves import PAGE, Bounds, Curves, describe, log_groups, log_held_out, log_step, warn_of_failures
 from training.guard import check_fast_path
 from training.preflight import preflight
 from training.provenance import write_start, write_summary
@@ -163,7 +163,8 @@ def close(run: Run, options: TrainOptions) -> None:
     best_said = f", the best held-out reward at step {best['step']}" if best else ""
     best_facts = best and {name: best[name] for name in ("step", "mean_reward")}
     write_summary(options.output_dir, last_checkpoint=str(run.last_saved), best=best_facts, done=True)
-    logger.info(f"done: {run.last_saved}{best_said}; curves: tensorboard --logdir {options.log_dir}")
+    logger.info(f"done: {run.last_saved}{best_said}; curves: tensorboard --logdir {options.log_dir}, to be "
+                f"opened at http://localhost:6006/#{PAGE}")
 
 
 def products_at(step: int, run: Run, options: TrainOptions) -> list[Sample]:

@@ -143,15 +143,15 @@ class Policy:
     def move_towards(self, other: "Policy", mix: float) -> None:
         """Move every weight, or every one of the adapter, towards that of another policy of the same model:
         (1 - mix) * own + mix * other."""
-        pairs = zip(self.own_parameters(), other.own_parameters(), strict=True)
-        for own, its in pairs:
+        for own, its in zip(self.own_weights(), other.own_weights(), strict=True):
             own.copy_((1 - mix) * own.to(its.dtype) + mix * its)
 
-    def own_parameters(self) -> Iterator[nn.Parameter]:
-        """What tells this policy from others on the same base: its adapter, or every weight."""
-        for name, parameter in self.model.named_parameters():
-            if self.adapter is None or lora.part_of(name, self.adapter_name):
-                yield parameter
+    def own_weights(self) -> list[Tensor]:
+        """What tells this policy from others of the same model: its adapter, or every weight; of what is split, this
+        process's share."""
+        state = self.model.state_dict()  # gives back, unlike parameters(), what a pass has left gathered
+        return [state[name] for name, _ in self.model.named_parameters()
+                if self.adapter is None or lora.part_of(name, self.adapter_name)]
 
     def check_weights(self, path: str) -> None:
         """Refuse a checkpoint that load_weights would not take, reading no tensor of it; raises ModelError."""

@@ -66,6 +66,44 @@ MEANINGS = {
     **{f"held_out/{key}": f"on products that training never sees: {figure.meaning}" for key, figure in FIGURES.items()},
 }
 
+# The page to open first, http://localhost:6006/#custom_scalars: what every curve of MEANINGS shares a chart with.
+PAGE = "custom_scalars"
+LAYOUT = {
+    "rewards": {
+        "mean reward: sampled, held out": ("returns", "held_out/mean_reward"),
+        "share with reward >= 0.9: sampled, held out": ("success_rate", "held_out/success_rate"),
+        "held out: share within 5, 10, 20 %": ("held_out/within_5", "held_out/within_10", "held_out/within_20"),
+        "share of readable answers: sampled, held out": ("valid_rate", "held_out/valid_rate"),
+    },
+    "loss, KL, entropy": {
+        "loss": ("total_loss", "supervised_loss"),
+        "KL from the reference policy": ("kl_divergence",),
+        "entropy": ("entropy",),
+        "gradient norm": ("grad_norm",),
+        "learning rate": ("lr",),
+    },
+    "errors": {
+        "sampled: error of each side": ("errors/largest", "errors/middle", "errors/smallest"),
+        "held out: median error of each side, of the volume": (
+            "held_out/largest_error", "held_out/middle_error", "held_out/smallest_error", "held_out/volume_error"),
+        "held out: share of bad answers": ("held_out/failure_rate", "held_out/zero_rate", "held_out/slip_rate"),
+    },
+    "groups and answers": {
+        "groups without spread": ("zero_variance_share",),
+        "tokens of an answer": ("answer_length",),
+        "share of answers cut off": ("truncated_share",),
+        "groups trained on, products that gave none": ("trained_groups", "failed_rollouts"),
+        "held out: products, answers": ("held_out/products", "held_out/answers"),
+    },
+    "is the update sound": {
+        "ratio, before any weight has moved and over the step": ("first_ratio", "ratio"),
+        "largest gap between log-probs of sampling and update": ("log_prob_gap",),
+        "share of tokens clipped": ("clip_fraction",),
+        "optimizer steps, minibatches skipped": ("optimizer_steps", "skipped_minibatches"),
+    },
+    "time": {"seconds a step": ("seconds/.*",)},
+}
+
 
 class Curves(SummaryWriter):
     """A writer whose scalars carry their meaning (MEANINGS) as a description."""
@@ -81,7 +119,9 @@ class Curves(SummaryWriter):
         self.file_writer.add_summary(Summary(value=[point]), step)
 
     def log_options(self, options: TrainOptions, step: int) -> None:
-        """Write the options as a table and as hyperparameters, by which runs can be compared."""
+        """Write the first page, and the options as a table and as hyperparameters, by which runs can be compared."""
+        self.add_custom_scalars({category: {title: ["Multiline", [f"{tag}$" for tag in tags]]  # a tag is a pattern
+                                            for title, tags in charts.items()} for category, charts in LAYOUT.items()})
         values = asdict(options)
         self.add_text("options", _table(("option", "value"), values.items()), step)
         plain = {name: value if isinstance(value, bool | int | float | str) else str(value)
@@ -182,7 +222,7 @@ def log_groups(writer: Curves, groups: Sequence[Group], trained: Sequence[Group]
             writer.add_scalar(f"errors/{side}", fmean(min(error, 1.0) for error in errors), step)
     if trained and options.show_every and (step == 1 or step % options.show_every == 0):
         for title, place in telling(trained).items():
-            log_candidates(writer, f"step/{title}", trained[place], items[place].advantages.tolist(), step)
+            log_candidates(writer, f"returns/{title}", trained[place], items[place].advantages.tolist(), step)
 
 
 def telling(groups: Sequence[Group]) -> dict[str, int]:
@@ -204,7 +244,7 @@ def log_held_out(writer: Curves, encoder: PromptEncoder, held_out: Sequence[Samp
     for number, group in enumerate(groups, start=1):
         advantages = group_advantages(torch.tensor(group.rewards), std_floor=options.std_floor,
                                       scale=options.scale_advantages, batch_rewards=shown_rewards)
-        log_candidates(writer, f"held out/product {number}", group, advantages.tolist(), step)
+        log_candidates(writer, f"held_out/product {number}", group, advantages.tolist(), step)
 
 
 def log_candidates(writer: Curves, tag: str, group: Group, advantages: Sequence[float], step: int) -> None:

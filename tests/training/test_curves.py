@@ -1,6 +1,7 @@
 """What a run leaves behind: described curves, candidate tables, run.json, the best checkpoint, early stopping."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 import train_vlm_parallel as training
 from evidence.evaluation import Record
@@ -46,6 +48,16 @@ def test_every_curve_says_what_it_means(finished):
     assert not mute
 
 
+def test_the_first_page_has_every_curve_once_and_rewards_first(finished):
+    _, events = finished
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    patterns = [pattern for category in layout.category for chart in category.chart for pattern in
+                chart.multiline.tag]
+    for tag in {*MEANINGS, *events.Tags()["scalars"]}:
+        assert sum(bool(re.match(pattern, tag)) for pattern in patterns) == 1, tag
+    assert list(layout.category[0].chart[0].multiline.tag) == ["returns$", "held_out/mean_reward$"]
+
+
 def test_curves_say_what_is_computed():
     """As tests/test_loss.py works it out: what the first loss of a step is, and which tokens the clip holds back."""
     total, clipped = (" ".join(MEANINGS[name].split()) for name in ("total_loss", "clip_fraction"))
@@ -56,14 +68,14 @@ def test_curves_say_what_is_computed():
 def test_candidates_are_shown_with_photos(finished):
     options, events = finished
     tables = [tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"] if "candidates" in tag]
-    assert set(tables) == {"step/widest spread/candidates", "step/lowest reward/candidates",
-                           *(f"held out/product {number}/candidates" for number in
-                             range(1, sum("held out" in tag for tag in tables) + 1))}
-    tag = "step/widest spread/candidates/text_summary"
+    assert set(tables) == {"returns/widest spread/candidates", "returns/lowest reward/candidates",
+                           *(f"held_out/product {number}/candidates" for number in
+                             range(1, sum("held_out" in tag for tag in tables) + 1))}
+    tag = "returns/widest spread/candidates/text_summary"
     assert [event.step for event in events.Tensors(tag)] == [1, 2]
     table = text_of(events, tag)
     assert table.count("\n| ") == 2 + options.group_size and "true size" in table and "| reward | advantage |" in table
-    assert "held out/product 1/photos" in events.Tags()["images"]
+    assert "held_out/product 1/photos" in events.Tags()["images"]
     assert [event.step for event in events.Histograms("rewards")] == [1, 2, 3]
 
 
