@@ -188,6 +188,10 @@ class LossOptions:
                  "shall count by its spread")
     std_floor: float = option(
         0.0, "lower bound for that standard deviation, against noise blown up to full size", within="[0, inf)")
+    scale_rewards_each: bool = option(
+        False, "with several rewards, turn each into advantages by itself, add these up by the rewards' weights and "
+               "divide by their deviation over the step (GDPO); for when one reward varies so much more than another "
+               "that the other is not learnt: weights then say how much each counts, whatever its scale")
     mask_truncated: bool = option(False, "leave answers that hit max_length without a stop token out of the loss")
 
 

@@ -4,6 +4,7 @@ Shapes: N answers (all groups of a batch), T completion tokens, G candidates of 
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,19 @@ def group_advantages(rewards: Tensor, eps: float = 1e-8, std_floor: float = 0.0,
         return centred
     spread = (batch_rewards if scale == "batch" else rewards).float().std()
     return centred / (spread.clamp(min=std_floor) + eps)
+
+
+def decoupled_advantages(groups: Sequence[tuple[Tensor, Tensor]], eps: float = 1e-8, std_floor: float = 0.0,
+                         gather: Callable[[list[float]], list[list[float]]] = lambda own: [own]) -> list[Tensor]:
+    """Turn each of K rewards into advantages by itself: per group sum_k w_k A_k (G,), divided by its standard deviation
+    over all groups of the step (GDPO, arXiv 2601.05242). The mean over the step is 0 as it is.
+
+    groups: weights (K,) and rewards (K, G) of each. gather: gives every process's share of what this one has.
+    """
+    sums = [sum(weight * group_advantages(row, eps, std_floor) for weight, row in zip(weights, rewards, strict=True))
+            for weights, rewards in groups]
+    everywhere = [value for share in gather([value for own in sums for value in own.tolist()]) for value in share]
+    return [own / (torch.tensor(everywhere).std() + eps).to(own) for own in sums]
 
 
 def approx_kl_divergence(log_probs: Tensor, log_probs_ref: Tensor, action_mask: Tensor | None = None) -> Tensor:

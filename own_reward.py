@@ -38,6 +38,7 @@ class Scorer:
         parts = score_answer(answer, sample.label)
         if not self._functions or not sample.label:
             return parts
+        each: list[tuple[str, float, float]] = []
         named: list[tuple[str, float]] = []
         for spec, (name, weight, function) in zip(self._specs, self._functions, strict=True):
             given = parts.reward if function is None else _call(function, answer, sample, spec)
@@ -46,8 +47,9 @@ class Scorer:
                 if not isinstance(value, Real) or not math.isfinite(value):
                     raise RewardError(f"reward {spec}: {value!r} as {part!r} for {_where(answer, sample)}: it must "
                                       "give a finite number, or a dictionary of them")
+                each.append((f"{spec} {part}", weight, float(value)))
                 named.append((str(part), weight * float(value)))
-        return replace(parts, reward=sum(value for _, value in named), named=tuple(named))
+        return replace(parts, reward=sum(value for _, value in named), named=tuple(named), each=tuple(each))
 
     def rescore(self, groups: Iterable[Any]) -> None:
         """Put these rewards in place of a rollout's built-in ones."""

@@ -20,8 +20,9 @@ SUCCESS_REWARD = 0.9
 class RewardParts:
     """A reward and what it is made of: sizes in cm, descending; one error per label dimension, largest first.
 
-    named: the parts of a reward of the user's own, weighted; their sum is then the reward. compared: what each label
-    dimension was compared with, None where the answer lacks it.
+    named: the parts of a reward of the user's own, weighted; their sum is then the reward. each: the same parts, as
+    (name that no other has, weight, value without it). compared: what each label dimension was compared with, None
+    where the answer lacks it.
     """
 
     reward: float
@@ -31,6 +32,7 @@ class RewardParts:
     reason: str
     named: tuple[tuple[str, float], ...] = ()
     compared: tuple[float | None, ...] = ()
+    each: tuple[tuple[str, float, float], ...] = ()
 
 
 def calculate_reward(answer: str, sample_label: str | Sequence[float]) -> float:

@@ -42,10 +42,17 @@ class Group:
         """The reward of each answer."""
         return [part.reward for part in self.parts]
 
-    @property
-    def flat(self) -> bool:
-        """Whether all answers earn the same, so that nothing can be learnt from them."""
-        return max(self.rewards) == min(self.rewards)
+    def rewards_each(self) -> tuple[Tensor, Tensor]:
+        """Each of several rewards: weights (K,) and values without them (K, G), 0 where an answer has no such part."""
+        weights = {name: weight for part in self.parts for name, weight, _ in part.each} or {"": 1.0}
+        values = [{name: value for name, _, value in part.each} or {"": part.reward} for part in self.parts]
+        return (torch.tensor(list(weights.values())),
+                torch.tensor([[own.get(name, 0.0) for own in values] for name in weights]))
+
+    def flat(self, each: bool = False) -> bool:
+        """Whether all answers earn the same, in all or by each reward, so that nothing can be learnt from them."""
+        rewards = self.rewards_each()[1] if each else torch.tensor([self.rewards], dtype=torch.float64)
+        return bool((rewards == rewards[:, :1]).all())
 
 
 @dataclass(frozen=True)
@@ -231,23 +238,24 @@ def rollout_groups(encoder: PromptEncoder, samples: Sequence[Sample], group_size
 
 
 def sample_flat_again(groups: Sequence[Group], times: int,
-                      sample: Callable[[list[Sample], int], tuple[list[Group], list[RolloutFailure]]]
-                      ) -> tuple[list[Group], list[RolloutFailure]]:
+                      sample: Callable[[list[Sample], int], tuple[list[Group], list[RolloutFailure]]],
+                      each: bool = False) -> tuple[list[Group], list[RolloutFailure]]:
     """Sample flat groups again, at most so many times, and leave out those that stay flat; 0 times leaves all in.
 
-    sample(products, number): how to, for the number-th time. Also returns what failed. Dynamic sampling, arXiv
-    2503.14476, section 3.2, with the same products instead of others.
+    sample(products, number): how to, for the number-th time. each: see Group.flat. Also returns what failed. Dynamic
+    sampling, arXiv 2503.14476, section 3.2, with the same products instead of others.
     """
     kept, failures = list(groups), []
     for number in range(1, times + 1):
-        flat = [group.sample for group in kept if group.flat]
+        flat = [group.sample for group in kept if group.flat(each)]
         if not flat:
             break
         sampled, failed = sample(flat, number)
         again = {(group.sample.sheet, group.sample.row): group for group in sampled}
-        kept = [again.get((group.sample.sheet, group.sample.row), group) if group.flat else group for group in kept]
+        kept = [again.get((group.sample.sheet, group.sample.row), group) if group.flat(each) else group
+                for group in kept]
         failures += failed
-    return [group for group in kept if not (times and group.flat)], failures
+    return [group for group in kept if not (times and group.flat(each))], failures
 
 
 def _sample_groups(policy: Policy, samples: Sequence[Sample], prompts: Sequence[Prompt], group_size: int,

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from loguru import logger
+from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
@@ -35,7 +36,7 @@ from config import TrainOptions
 from evidence.evaluation import Record, evaluate, summarise
 from ground.errors import OptionError
 from ground.options import write_options
-from loss import VLM_GRPOLoss, group_advantages
+from loss import VLM_GRPOLoss, decoupled_advantages, group_advantages
 from models.policy import Policy
 from models.processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
 from models.sharding import (
@@ -185,7 +186,8 @@ def roll_out(run: Run, products: Sequence[Sample], options: TrainOptions, seed: 
 
     groups, failures = sample(products, seed)
     trained, failed_again = sample_flat_again(groups, options.resample_flat,
-                                              lambda flat, number: sample(flat, f"{seed}/{number}"))
+                                              lambda flat, number: sample(flat, f"{seed}/{number}"),
+                                              options.scale_rewards_each)
     return groups, trained, [*failures, *failed_again]
 
 
@@ -351,13 +353,8 @@ def take_up(run: Run, options: TrainOptions, resume_from: Path) -> None:
 def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> ReplayBuffer:
     """Turn groups into experiences: advantages within each group, log-probs under the reference policy."""
     buffer = ReplayBuffer()
-    step_rewards = [reward for group in groups for reward in group.rewards]
-    if options.scale_advantages == "batch":
-        step_rewards = [reward for share in run.processes.gather(step_rewards) for reward in share]
-    for group in groups:
+    for group, advantages in zip(groups, advantages_of(groups, run, options), strict=True):
         rewards = torch.tensor(group.rewards, device=run.policy.device)  # (G,)
-        advantages = group_advantages(rewards, std_floor=options.std_floor, scale=options.scale_advantages,
-                                      batch_rewards=torch.tensor(step_rewards, device=rewards.device))
         item = Experience(
             group.completions, group.action_mask, group.old_log_probs, None, rewards, advantages, group.truncated,
             (group.prompt,), None if options.train_vision else (group.features,),
@@ -369,6 +366,20 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
                                                options.temperature, run.shares_vision):
         item.ref_log_probs = ref_log_probs
     return buffer
+
+
+def advantages_of(groups: Sequence[Group], run: Run, options: TrainOptions) -> list[Tensor]:
+    """How much better or worse each answer is than its group: a tensor (G,) a group."""
+    device, gather = run.policy.device, run.processes.gather
+    if options.scale_rewards_each:
+        return [each.to(device) for each in decoupled_advantages([group.rewards_each() for group in groups],
+                                                                 std_floor=options.std_floor, gather=gather)]
+    step_rewards = [reward for group in groups for reward in group.rewards]
+    if options.scale_advantages == "batch":
+        step_rewards = [reward for share in gather(step_rewards) for reward in share]
+    return [group_advantages(torch.tensor(group.rewards, device=device), std_floor=options.std_floor,
+                             scale=options.scale_advantages, batch_rewards=torch.tensor(step_rewards, device=device))
+            for group in groups]
 
 
 def log_evaluation(run: Run, options: TrainOptions, step: int) -> list[Record]:

@@ -214,12 +214,25 @@ def check_training(options: TrainOptions) -> None:
         raise OptionError(f"--sft_lr {options.sft_lr} needs --sft_steps")
     check_lora(options)
     check_reference(options)
+    check_scaling(options)
     if options.stop_after and not options.eval_every:
         raise OptionError(f"--stop_after {options.stop_after} needs evaluations: give --eval_every")
     if options.stop_after and not options.save_best:
         raise OptionError(f"--stop_after {options.stop_after} without --save_best would throw the best weights away")
     if options.resume and options.overwrite_output_dir:
         raise OptionError("--resume and --overwrite_output_dir contradict each other: take one")
+
+
+def check_scaling(options: TrainOptions) -> None:
+    """Refuse to scale rewards one by one where there is one, or no scaling; raises OptionError."""
+    if not options.scale_rewards_each:
+        return
+    if len(options.reward) < 2 and not any(split_reward(spec)[0] for spec in options.reward):
+        raise OptionError("--scale_rewards_each needs several rewards: repeat --reward, or give one of your own that "
+                          "gives named parts")
+    if options.scale_advantages != "group":
+        raise OptionError(f"--scale_rewards_each and --scale_advantages {options.scale_advantages} contradict each "
+                          "other: each reward is divided by its deviation in the group; take one")
 
 
 def check_reference(options: TrainOptions) -> None:

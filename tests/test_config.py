@@ -9,6 +9,7 @@ from ground.options import parse_options, read_options, sheet_options, write_opt
 @pytest.fixture
 def sheet(tmp_path, monkeypatch):
     (tmp_path / "data.xlsx").write_bytes(b"")
+    (tmp_path / "mine.py").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -56,6 +57,11 @@ def test_flags_and_pairs(sheet):
     (["--lr", "0"], "--lr 0.0: must be above 0"),
     (["--lr_scheduler", "step"], "constant"),
     (["--scale_advantages", "true"], "batch"),
+    (["--scale_rewards_each"], "needs several rewards"),
+    (["--scale_rewards_each", "--reward", "size"], "needs several rewards"),
+    (["--scale_rewards_each", "--reward", "size", "--reward", "size:0.5", "--scale_advantages", "none"], "given twice"),
+    (["--scale_rewards_each", "--reward", "mine.py:f", "--scale_advantages", "none"], "contradict each other"),
+    (["--sft_lr", "1e-4"], "needs --sft_steps"),
     (["--ref_sync_every", "2", "--lora_rank", "4"], "python export.py"),
     (["--ref_sync_every", "2", "--kl_weight", "0"], "needs a reference policy"),
     (["--ref_sync_every", "2", "--ref_sync_mix", "0.1", "--dtype", "bfloat16"], "take 0.5 or more"),

@@ -74,7 +74,7 @@ def test_the_defaults_are_plain_grpo_to_the_bit(options, monkeypatch):
 
 CHANGES = [{"scale_advantages": "batch"}, {"scale_advantages": "none"}, {"ratio_level": "sequence"},
            {"clip_ratio_c": 1.01}, {"entropy_weight": 0.1}, {"adam_eps": 1e-3},
-           {"ref_sync_every": 1}]
+           {"ref_sync_every": 1}, {"sft_weight": 0.1}, {"sft_steps": 1}]
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
@@ -100,6 +100,32 @@ def test_the_batch_whose_spread_counts_is_that_of_all_processes(options):
     spread = torch.tensor([*sum(rewards, []), 10.0, 20.0]).std()
     for item, own in zip(training.fill_buffer(groups, run, options).items, torch.tensor(rewards), strict=True):
         assert torch.allclose(item.advantages, (own - own.mean()) / (spread + 1e-8), rtol=1e-5)
+
+
+def test_each_reward_is_scaled_by_itself(options, tmp_path):
+    (tmp_path / "two.py").write_text("def two(answer, label, sample):\n    return {'long': len(answer), **"
+                                     "({'even': 1} if len(answer) % 2 else {})}\n")
+    options = replace(options, reward=[f"{tmp_path}/two.py:two:0.25", f"{tmp_path}/mine.py:length"], kl_weight=0.0,
+                      scale_rewards_each=True)
+    run = training.prepare(options, training.Processes())
+    groups, _ = training.rollout_groups(run.encoder, run.products[:2], 4, 1.0, 8, "0/0", 3)
+    run.scorer.rescore(groups)
+    sums = []
+    assert any(len(group.rewards_each()[0]) == 3 for group in groups)  # where an answer has it, all have the third part
+    for group in groups:
+        long = torch.tensor([float(len(answer)) for answer in group.answers])
+        sums.append(1.25 * training.group_advantages(long) + 0.25 * training.group_advantages(long % 2))
+    for item, own in zip(training.fill_buffer(groups, run, options).items, sums, strict=True):
+        assert torch.allclose(item.advantages, own / torch.cat(sums).std(), rtol=1e-4)
+
+
+def test_a_group_is_flat_when_each_of_its_rewards_is():
+    group = group_of(1, 1.0, 1.0)
+    assert group.flat() and group.flat(each=True) and group.rewards_each()[1].tolist() == [[1.0, 1.0]]
+    group.parts = [replace(part, each=(("a", 1.0, value), ("b", -1.0, value))) for part, value in
+                   zip(group.parts, (0.2, 0.4), strict=True)]
+    assert group.flat() and not group.flat(each=True)
+    assert sample_flat_again([group], 1, None, each=True) == ([group], [])
 
 
 @pytest.mark.parametrize(("written", "read"), [("true", "group"), ("false", "none"), ("batch", "batch")])

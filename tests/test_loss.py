@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from loss import VLM_GRPOLoss, approx_kl_divergence, group_advantages, masked_mean
+from loss import VLM_GRPOLoss, approx_kl_divergence, decoupled_advantages, group_advantages, masked_mean
 from replay_buffer import Experience
 
 
@@ -69,6 +69,26 @@ def test_advantages_over_the_spread_of_the_batch():
     assert floored.tolist() == pytest.approx([-0.2, 0.2], rel=1e-5)
     assert group_advantages(rewards[:1], scale="batch", batch_rewards=batch).tolist() == [0.0]
     assert group_advantages(torch.tensor([0.7] * 12), scale="batch", batch_rewards=batch).tolist() == [0.0] * 12
+
+
+def test_advantages_of_each_reward_by_itself():
+    # Two answers 1 apart lie -1/sqrt(2) and 1/sqrt(2) deviations from their mean, and so do two that lie 10 apart.
+    # Group 1: the first reward 0, 1, the second without spread: (-1, 1) / sqrt(2). Group 2: the first 1, 0, the second
+    # 0, 10, which counts twice: (1 - 2, -1 + 2) / sqrt(2). Sample variance of the four 4 * 0.5 / 3: 1/sqrt(2) of it is
+    # sqrt(3) / 2. Added up first, the second answer of group 2 would lead by 19 instead.
+    weights, half = torch.tensor([1.0, 2.0]), math.sqrt(3) / 2
+    groups = [(weights, torch.tensor([[0.0, 1.0], [0.5, 0.5]])), (weights, torch.tensor([[1.0, 0.0], [0.0, 10.0]]))]
+    found = decoupled_advantages(groups)
+    assert [own.tolist() for own in found] == [pytest.approx([-half, half], rel=1e-5)] * 2
+    # With another process's -sqrt(2), sqrt(2) beside the second group: variance (2 * 0.5 + 2 * 2) / 3.
+    found = decoupled_advantages(groups[1:], gather=lambda own: [own, [-math.sqrt(2), math.sqrt(2)]])
+    assert found[0].tolist() == pytest.approx([-math.sqrt(0.3), math.sqrt(0.3)], rel=1e-5)
+    # A deviation of sqrt(0.5), floored to sqrt(2), halves the first; alone it is scaled up again.
+    floored = decoupled_advantages([(weights, torch.tensor([[0.0, 1.0], [0.0, 10.0]]))], std_floor=math.sqrt(2))
+    plain = decoupled_advantages([(torch.tensor([0.5, 2.0]), torch.tensor([[0.0, 1.0], [0.0, 10.0]]))])
+    assert floored[0].tolist() == pytest.approx(plain[0].tolist(), rel=1e-5)
+    assert decoupled_advantages([(weights, torch.full((2, 4), 0.7))])[0].tolist() == [0.0] * 4
+    assert decoupled_advantages([]) == []
 
 
 def test_groups_without_spread_get_zero():

@@ -17,7 +17,7 @@ from torch.utils.tensorboard.summary import hparams
 from config import TrainOptions
 from evidence import measures
 from evidence.evaluation import FIGURES
-from loss import group_advantages
+from loss import decoupled_advantages, group_advantages
 from models.processes import Processes
 from own_reward import Scorer
 from replay_buffer import Experience
@@ -241,10 +241,12 @@ def log_held_out(writer: Curves, encoder: PromptEncoder, held_out: Sequence[Samp
                                options.max_length, f"shown/{options.seed}", options.rollout_batch_size)
     scorer.rescore(groups)
     shown_rewards = torch.tensor([reward for group in groups for reward in group.rewards])
-    for number, group in enumerate(groups, start=1):
-        advantages = group_advantages(torch.tensor(group.rewards), std_floor=options.std_floor,
-                                      scale=options.scale_advantages, batch_rewards=shown_rewards)
-        log_candidates(writer, f"held_out/product {number}", group, advantages.tolist(), step)
+    advantages = [group_advantages(torch.tensor(group.rewards), std_floor=options.std_floor,
+                                   scale=options.scale_advantages, batch_rewards=shown_rewards) for group in groups]
+    if options.scale_rewards_each:
+        advantages = decoupled_advantages([group.rewards_each() for group in groups], std_floor=options.std_floor)
+    for number, (group, own) in enumerate(zip(groups, advantages, strict=True), start=1):
+        log_candidates(writer, f"held_out/product {number}", group, own.tolist(), step)
 
 
 def log_candidates(writer: Curves, tag: str, group: Group, advantages: Sequence[float], step: int) -> None:

@@ -37,7 +37,7 @@ from rounding import float64  # noqa: E402
 from runs import train_options  # noqa: E402
 
 LEARNING = {"scale_advantages": "batch", "entropy_weight": 0.01, "ref_sync_every": 1, "ref_sync_mix": 0.6}
-SUPERVISED = {"sft_steps": 1, "sft_lr": 2e-4, "sft_weight": 0.5}
+SUPERVISED = {"sft_steps": 1, "sft_lr": 2e-4, "sft_weight": 0.5, "scale_rewards_each": True}
 # name: the options, beside those of both; what one process does with twice the --batch_size is the measure. The shop's
 # model has both kinds of layers.
 CASES = {
