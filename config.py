@@ -175,6 +175,11 @@ class LossOptions:
         0.0, "weight of the tokens' entropy, a reward of its own; for when entropy falls towards 0 while rewards are "
              "still low, so that the answers of a group are all alike; begin with 0.001: too much of it makes babble",
         within="[0, inf)")
+    look_weight: float = option(
+        0.0, "weight of a reward for looking: how far, in nats a token, the policy's answers lie from those that it "
+             "would give to grey pictures, 2 at most (PAPO); for when run.py --ablate shows that blanked photos change "
+             "little, so that the text alone decides; begin with 0.01: too much of it pays for odd answers instead, "
+             "then entropy rises. An update takes twice the time and memory", within="[0, inf)")
     sft_weight: float = option(
         0.0, "weight of the supervised loss of sft_steps, added to each update: beside a product's sampled answers its "
              "label's is learnt; for when hardly any sampled answer is good, so that rewards have nothing to say yet, "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from replay_buffer import Experience
 
+LOOK_LIMIT = 2.0  # nats: a token 19 times as likely with the photos as without earns no more for being still likelier
 LOG_RATIO_LIMIT = 20.0  # exp(20) is finite in float32; beyond it a ratio says nothing but "far away"
 
 
@@ -80,6 +81,7 @@ class LossTerms:
     ratio: Tensor
     clip_fraction: Tensor
     entropy: Tensor
+    look: Tensor | None = None  # None without blind_log_probs
 
 
 class VLM_GRPOLoss(nn.Module):  # the public name of the loss
@@ -94,12 +96,15 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
     (GSPO, arXiv 2507.18071, eq. 5 and 7).
     clip_ratio_c: for A < 0 the first term is -clip_ratio_c * A at most, which else grows with the ratio without bound
     (dual clip, arXiv 1912.09729); None: no such bound.
+    look_weight: - look_weight * min(KL(policy || policy that sees grey pictures), LOOK_LIMIT) per token, estimated as
+    the other KL, with a gradient at both (PAPO, arXiv 2507.06448, which bounds it by the entropies of both instead).
     Answers that are taught have no part in all that: sft_weight * supervised() is added.
     """
 
     def __init__(self, clip_eps: float, kl_weight: float, clip_eps_high: float | None = None, loss_type: str = "grpo",
                  max_length: int | None = None, mask_truncated: bool = False, ratio_level: str = "token",
-                 clip_ratio_c: float | None = None, entropy_weight: float = 0.0, sft_weight: float = 0.0):
+                 clip_ratio_c: float | None = None, entropy_weight: float = 0.0, sft_weight: float = 0.0,
+                 look_weight: float = 0.0):
         super().__init__()
         if loss_type not in ("grpo", "dapo", "dr_grpo"):
             raise ValueError(f"loss_type {loss_type!r}: take grpo, dapo or dr_grpo")
@@ -117,6 +122,7 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
         self.clip_ratio_c = math.inf if clip_ratio_c is None else clip_ratio_c
         self.entropy_weight = entropy_weight
         self.sft_weight = sft_weight
+        self.look_weight = look_weight
 
     def mask(self, experience: Experience) -> Tensor:
         """The sampled tokens that count, (N, T) bool: without truncated answers if they are left out."""
@@ -159,11 +165,13 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
         terms = self.terms(log_probs, experience)
         return terms.total_loss, terms.kl_divergence
 
-    def terms(self, log_probs: Tensor, experience: Experience, entropy: Tensor | None = None) -> LossTerms:
+    def terms(self, log_probs: Tensor, experience: Experience, entropy: Tensor | None = None,
+              blind_log_probs: Tensor | None = None) -> LossTerms:
         """Return the loss with what it is made of.
 
         log_probs: (N, T) with gradient. entropy: (N, T), with gradient where entropy_weight is not 0, and then not
         to be left out; else only averaged, and -log_probs stands in, of the same mean for tokens the policy sampled.
+        blind_log_probs: (N, T) with gradient, those of the policy that sees grey pictures; None: no part in the loss.
         """
         if self.entropy_weight and entropy is None:
             raise ValueError("entropy_weight needs the entropy of each token: give it")
@@ -185,12 +193,17 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
             mean_kl = masked_mean(kl, mask)
         if self.entropy_weight:
             per_token = per_token - self.entropy_weight * entropy
+        mean_look = None
+        if blind_log_probs is not None:
+            look = approx_kl_divergence(log_probs, blind_log_probs, mask).clamp(max=LOOK_LIMIT)  # (N, T)
+            per_token = per_token - self.look_weight * look
+            mean_look = masked_mean(look, mask)
         with torch.no_grad():
             bound = ((ratio > 1 + self.clip_eps_high) & (advantages > 0)) | \
                     (((ratio < 1 - self.clip_eps) | (ratio > self.clip_ratio_c)) & (advantages < 0))
             means = [masked_mean(values, mask)
                      for values in (ratio, bound.float(), -log_probs if entropy is None else entropy)]
-        return LossTerms(self._mean(per_token, mask), mean_kl, *means)
+        return LossTerms(self._mean(per_token, mask), mean_kl, *means, mean_look)
 
     def _mean(self, per_token: Tensor, mask: Tensor) -> Tensor:
         if self.loss_type == "dapo":

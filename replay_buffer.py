@@ -35,6 +35,7 @@ class Experience:
     features: tuple[Tensor | None, ...] | None = None  # encoded photos, one a product; None when the vision trains
     sources: tuple[str, ...] = ()  # where each product comes from, for messages: sheet and row
     taught: Tensor | None = None  # (N,) bool: the label written as an answer, which nobody sampled
+    blind: "Experience | None" = None  # the same answers to the prompt with grey pictures; of a single product only
 
 
 def join_experiences(experiences: Sequence[Experience]) -> Experience:
@@ -48,7 +49,7 @@ def join_experiences(experiences: Sequence[Experience]) -> Experience:
     joined = {name: torch.cat([widened(getattr(item, name)) for item in experiences]) for name in _ROWS
               if all(getattr(item, name) is not None for item in experiences)}
     features = None if first.features is None else tuple(each for item in experiences for each in item.features or ())
-    return replace(first, **dict.fromkeys(_ROWS) | joined, features=features,
+    return replace(first, **dict.fromkeys(_ROWS) | joined, features=features, blind=None,
                    prompts=tuple(prompt for item in experiences for prompt in item.prompts),
                    sources=tuple(source for item in experiences for source in item.sources))
 
@@ -81,7 +82,7 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain tensors, lists and dictionaries that torch.save writes and weights_only reads."""
-        return {"items": [vars(item) | {"prompts": [dict(vars(prompt)) for prompt in item.prompts]}
+        return {"items": [vars(item) | {"prompts": [dict(vars(prompt)) for prompt in item.prompts], "blind": None}
                           for item in self.items]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

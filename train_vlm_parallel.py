@@ -33,7 +33,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 from config import TrainOptions
-from evidence.evaluation import Record, evaluate, summarise
+from evidence.evaluation import Record, blank_photos, evaluate, summarise
 from ground.errors import OptionError
 from ground.options import write_options
 from loss import VLM_GRPOLoss, decoupled_advantages, group_advantages
@@ -57,10 +57,10 @@ from sheets.samples import DataError, Sample
 from training.checkpoint import find_resume, is_better, keep_best, read_best, read_state, save_checkpoint
 from training.curves import PAGE, Bounds, Curves, describe, log_groups, log_held_out, log_step, warn_of_failures
 from training.guard import check_fast_path
+from training.lessons import add_blinds, check_lessons, lessons_of, with_label
 from training.preflight import preflight
 from training.provenance import write_start, write_summary
 from training.setup import fetch_photos, load_models, load_products, set_up_log
-from training.supervised import check_lessons, lessons_of, with_label
 from update import (
     Learner,
     answers_a_product,
@@ -94,6 +94,7 @@ class Run:
     writer: Curves | None  # None in all processes but the main one
     products: list[Sample]
     held_out: list[Sample]
+    blanking: PromptEncoder | None = None  # makes prompts with grey pictures, where look_weight wants them
     start: int = 0  # steps done before this process
     first: dict[str, float] = field(default_factory=dict)  # KL and entropy of the run's first step
     bad_steps: list[str] = field(default_factory=list)  # the last ones, in a row: why each moved no weight
@@ -125,6 +126,8 @@ def train(options: TrainOptions) -> Path | None:
             products = products_at(step, run, options)
             coming = products_at(step + 1, run, options) if step + 1 < options.max_steps else []
             run.encoder.prefetch([*products, *coming])
+            if run.blanking and step >= options.sft_steps:
+                run.blanking.prefetch([sample for sample in products if sample.photos])
             set_learning_rate(run.learner.optimizer, rate)
             if step < options.sft_steps:
                 groups, trained, buffer = [], [], ReplayBuffer()
@@ -301,14 +304,18 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     if options.download_missing:
         processes.once(lambda: fetch_photos(options), DataError)
     products, held_out = load_products(options)
+    if options.look_weight and not any(sample.photos for sample in products):
+        raise OptionError(f"--look_weight {options.look_weight} needs photos, and no product of {options.data_path} "
+                          "has any: leave it out")
     scorer = Scorer(options.reward)
     logger.info(scorer.check(products[0]))
     resume_from = processes.once(lambda: find_resume(options), OptionError)
     policy, reference, shares_vision = load_models(options, resume_from, processes)
     parameters = set_trainable(policy, options.train_vision)
     logger.info(f"what trains:\n{parameter_table(policy)}")
-    encoder = PromptEncoder(policy, options.prompt_language, read_template(options.prompt_file),
-                            options.prompt_cache_mb, options.max_prompt_length)
+    asking = (policy, options.prompt_language, read_template(options.prompt_file), options.prompt_cache_mb,
+              options.max_prompt_length)
+    encoder = PromptEncoder(*asking)
     if not options.exact_path:
         check_fast_path(policy, reference, shares_vision, encoder, products, options, processes)
     if options.sft_steps or options.sft_weight:
@@ -322,7 +329,7 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     learner = make_learner(policy, parameters, options, processes, idle)
     teacher = replace(learner, objective=VLM_GRPOLoss(options.clip_eps, 0.0, sft_weight=1.0), idle=lesson_idle)
     run = Run(learner, teacher, reference, shares_vision, encoder, scorer, None, products, held_out,
-              last_saved=resume_from)
+              PromptEncoder(*asking, blank_photos) if options.look_weight else None, last_saved=resume_from)
     if resume_from:
         take_up(run, options, resume_from)
     if processes.main:
@@ -360,6 +367,9 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
             (group.prompt,), None if options.train_vision else (group.features,),
             (f"{group.sample.sheet} row {group.sample.row}",))
         buffer.append(with_label(item, run.policy, group.sample.label) if options.sft_weight else item)
+    if run.blanking:
+        warn_of_failures("photos not blanked", add_blinds(buffer.items, run.blanking,
+                                                          [group.sample for group in groups], options))
     if run.reference is None:
         return buffer
     for item, ref_log_probs in log_probs_under(run.reference, buffer.items, run.learner.passes,

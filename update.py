@@ -52,7 +52,7 @@ def make_learner(policy: Policy, parameters: list[nn.Parameter], options: TrainO
     objective = VLM_GRPOLoss(options.clip_eps, options.kl_weight, options.clip_eps_high, options.loss_type,
                              options.max_length, options.mask_truncated, ratio_level=options.ratio_level,
                              clip_ratio_c=options.clip_ratio_c, entropy_weight=options.entropy_weight,
-                             sft_weight=options.sft_weight)
+                             sft_weight=options.sft_weight, look_weight=options.look_weight)
     return Learner(policy, parameters, make_optimizer(parameters, options), objective, processes or Processes(),
                    PassSize(options.micro_batch_size or options.minibatch_size or options.batch_size), idle)
 
@@ -217,7 +217,8 @@ def accumulate(learner: Learner, minibatch: Sequence[Experience], options: Train
     """
     policy, objective, processes = learner.policy, learner.objective, learner.processes
     size, tokens, taught = counts.clamp(min=1)
-    names = ("ratio", "clip_fraction", "entropy", *(["kl_divergence"] if options.kl_weight else []))
+    names = ("ratio", "clip_fraction", "entropy", *(["kl_divergence"] if options.kl_weight else []),
+             *(["look"] if options.look_weight else []))
     sums = {name: torch.zeros((), device=policy.device)
             for name in ("total_loss", "first_ratio", "supervised_loss", *names)}
     gap = torch.zeros((), device=policy.device)
@@ -226,7 +227,7 @@ def accumulate(learner: Learner, minibatch: Sequence[Experience], options: Train
     for index in range(passes):
         items = batches[index] if index < len(batches) else []
         with named(items):
-            batch, log_probs, entropy = log_probs_of(learner, items, options)
+            batch, log_probs, entropy, blind = log_probs_of(learner, items, options)
             if batch is None:
                 (0.0 * log_probs.sum()).backward()
                 continue
@@ -235,7 +236,7 @@ def accumulate(learner: Learner, minibatch: Sequence[Experience], options: Train
             sums["first_ratio"] += objective.mean_ratio(log_probs.detach(), batch) * share
             if on_policy and policy.dtype != torch.float32:
                 batch.old_log_probs = log_probs.detach()
-            terms = objective.terms(log_probs, batch, entropy)
+            terms = objective.terms(log_probs, batch, entropy, blind)
             loss = terms.total_loss * (objective.size(batch) / size)
             if batch.taught is not None:
                 supervised = objective.supervised(log_probs, batch) * (objective.taught_mask(batch).sum() / taught)
@@ -259,25 +260,36 @@ def named(items: Sequence[Experience]) -> Iterator[None]:
 
 
 def log_probs_of(learner: Learner, items: Sequence[Experience], options: TrainOptions
-                 ) -> tuple[Experience | None, Tensor, Tensor]:
-    """Join experiences: (batch, its log_probs (N, T) under the policy, entropy (N, T)); batch None without any.
+                 ) -> tuple[Experience | None, Tensor, Tensor, Tensor | None]:
+    """Join experiences: (batch, its log_probs (N, T) under the policy, entropy (N, T), log_probs where the policy sees
+    grey pictures (N, T)); batch None without any, the last None without look_weight.
 
+    Grey pictures are seen in the same pass; a product without photos has the same log_probs twice.
     Where weights are sharded, every pass gathers every layer in all processes: one without products, or without photos
     while the vision trains, computes the idle product as well, with no part in the loss.
     """
     needs_idle = learner.sharded and (
         not items or (options.train_vision and not any(prompt.photos for item in items for prompt in item.prompts)))
-    joined = join_experiences([*items, learner.idle] if needs_idle else items)
+    blinds = [item.blind for item in items if item.blind is not None]
+    joined = join_experiences([*items, *blinds, *([learner.idle] if needs_idle else [])])
     log_probs, entropy = learner.policy.log_probs(joined.prompts, joined.completions, joined.action_mask,
                                                   options.temperature, joined.features)
-    if not needs_idle:
-        return joined, log_probs, entropy
     if not items:
-        return None, log_probs, entropy
-    batch = join_experiences(items)
+        return None, log_probs, entropy, None
+    batch = join_experiences(items) if needs_idle or blinds else joined
     rows, columns = batch.action_mask.shape
-    # The idle rows take part in the backward pass, too, or their layers would not.
-    return batch, log_probs[:rows, :columns] + 0.0 * log_probs[rows:].sum(), entropy[:rows, :columns]
+    own, blind, start = log_probs[:rows, :columns], None, rows
+    if options.look_weight:
+        parts = []
+        for item, seen in zip(items, own.detach().split([len(item.rewards) for item in items]), strict=True):
+            if item.blind is not None:
+                seen = log_probs[start:start + len(seen), :columns]
+                start += len(seen)
+            parts.append(seen)
+        blind = torch.cat(parts)
+    if needs_idle:  # the idle rows take part in the backward pass, too, or their layers would not
+        own = own + 0.0 * log_probs[start:].sum()
+    return batch, own, entropy[:rows, :columns], blind
 
 
 def answers_a_product(options: TrainOptions) -> int:

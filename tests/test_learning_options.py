@@ -74,7 +74,7 @@ def test_the_defaults_are_plain_grpo_to_the_bit(options, monkeypatch):
 
 CHANGES = [{"scale_advantages": "batch"}, {"scale_advantages": "none"}, {"ratio_level": "sequence"},
            {"clip_ratio_c": 1.01}, {"entropy_weight": 0.1}, {"adam_eps": 1e-3},
-           {"ref_sync_every": 1}, {"sft_weight": 0.1}, {"sft_steps": 1}]
+           {"ref_sync_every": 1}, {"sft_weight": 0.1}, {"sft_steps": 1}, {"look_weight": 0.5}]
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)

@@ -38,6 +38,21 @@ def test_supervised_loss():
     assert loss.supervised(new, item) == 0
 
 
+def test_the_reward_for_looking():
+    # Log ratios blind / own of ln 1/2, ln 2 and ln 1/1000: 1/2 + ln 2 - 1, 2 - ln 2 - 1, and far above 2, which bounds
+    # it. Mean over the tokens 2.5 / 3; at the first, d/d own = 1 - 1/2, d/d blind = 1/2 - 1; none at the bound.
+    own, blind = (torch.tensor([[LOG(one), LOG(two), LOG(three)]], requires_grad=True) for one, two, three in
+                  ((0.4, 0.2, 0.9), (0.2, 0.4, 0.0009)))
+    item = experience(own.detach().tolist(), [0.0], [[True] * 3])
+    terms = VLM_GRPOLoss(0.2, 0.0, look_weight=0.1).terms(own, item, blind_log_probs=blind)
+    assert terms.look.item() == pytest.approx(2.5 / 3, rel=1e-5)
+    assert terms.total_loss.item() == pytest.approx(-0.25 / 3, rel=1e-5)
+    gradients = torch.autograd.grad(terms.total_loss, (own, blind))
+    assert gradients[0][0].tolist() == pytest.approx([-0.05 / 3, 0.1 / 3, 0], abs=1e-6)
+    assert gradients[1][0].tolist() == pytest.approx([0.05 / 3, -0.1 / 3, 0], abs=1e-6)
+    assert VLM_GRPOLoss(0.2, 0.0).terms(own, item).look is None
+
+
 def test_masked_mean():
     values = torch.tensor([[1.0, 2.0, 30.0], [5.0, float("nan"), float("inf")]])
     mask = torch.tensor([[True, True, False], [True, False, False]])

@@ -47,6 +47,8 @@ MEANINGS = {
     "kl_divergence": "how far the policy has moved from the reference policy, per token (k3 estimate); a few tenths "
                      "are a lot, a steep rise says that the learning rate is too high. In bfloat16 about 1e-5 of it is "
                      "rounding where products are put together in other passes than for the reference, else none",
+    "look": "how far the policy's answers lie from its own with grey pictures in place of the photos, per token (k3 "
+            "estimate, 2 at most); what look_weight rewards",
     "entropy": "mean entropy of the next token, in nats; near 0 all answers of a group are alike and learning ends",
     "ratio": "mean of pi / pi_old over tokens; 1 when nothing has moved since sampling",
     "first_ratio": "the same before any weight of the step has moved, against what was sampled: 1, in bfloat16 within "
@@ -79,6 +81,7 @@ LAYOUT = {
         "loss": ("total_loss", "supervised_loss"),
         "KL from the reference policy": ("kl_divergence",),
         "entropy": ("entropy",),
+        "answering otherwise without photos": ("look",),
         "gradient norm": ("grad_norm",),
         "learning rate": ("lr",),
     },

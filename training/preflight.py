@@ -64,7 +64,8 @@ def longest_answers(policy: Policy, prompt: Prompt, options: TrainOptions) -> Ex
     """A group of the longest answers to a product, as an update would meet it."""
     features = None if options.train_vision else policy.photo_features([prompt])
     item = pretend(policy, prompt, answers_a_product(options), options.max_length, features)
-    return item if options.kl_weight else replace(item, ref_log_probs=None)
+    item = item if options.kl_weight else replace(item, ref_log_probs=None)
+    return replace(item, blind=item) if options.look_weight and prompt.photos else item
 
 
 def largest_product(encoder: PromptEncoder, products: Sequence[Sample]) -> tuple[Sample | None, Prompt | None]:

@@ -15,7 +15,7 @@ from rounding import float64
 from runs import tags, train_options
 from sizes.labels import Label
 from tiny import noise_photo, three_prompts
-from training.supervised import answer_ids, check_lessons, lessons_of, with_label
+from training.lessons import answer_ids, check_lessons, lessons_of, with_label
 
 
 @pytest.fixture

@@ -37,7 +37,9 @@ from rounding import float64  # noqa: E402
 from runs import train_options  # noqa: E402
 
 LEARNING = {"scale_advantages": "batch", "entropy_weight": 0.01, "ref_sync_every": 1, "ref_sync_mix": 0.6}
-SUPERVISED = {"sft_steps": 1, "sft_lr": 2e-4, "sft_weight": 0.5, "scale_rewards_each": True}
+SUPERVISED = {"sft_steps": 1, "sft_lr": 2e-4, "sft_weight": 0.5, "scale_rewards_each": True,
+              "look_weight": 0.1}
+LOOK = {"look_weight": 0.1, "train_vision": True, "missing_photos": "text_only"}
 # name: the options, beside those of both; what one process does with twice the --batch_size is the measure. The shop's
 # model has both kinds of layers.
 CASES = {
@@ -51,6 +53,8 @@ CASES = {
     "fsdp, supervised": {**SUPERVISED, "sharding": "fsdp"},
     "fsdp, supervised, LoRA": {**SUPERVISED, "lora_rank": 4, "sharding": "fsdp"},
     "none, supervised, LoRA": {**SUPERVISED, "lora_rank": 4},
+    "none, look": LOOK,
+    "fsdp, look": {**LOOK, "sharding": "fsdp"},
     "none, options": LEARNING,
     "fsdp, options": {**LEARNING, "sharding": "fsdp"},
 }

@@ -1,6 +1,8 @@
-"""Supervised steps: a product's label, written as the answer that is asked for, is what the policy learns to say."""
+"""What an update learns from beside sampled answers: labels, written as the answer that is asked for, and the same
+answers where the photos are blanked."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from loguru import logger
@@ -20,31 +22,44 @@ from sizes.labels import Label
 def lessons_of(encoder: PromptEncoder, products: Sequence[Sample], options: TrainOptions
                ) -> tuple[list[Experience], list[RolloutFailure]]:
     """Make a lesson of each product: a group of one answer, its label's; also returns those that gave none."""
-    policy, failures = encoder.policy, []
-    prompts: list[tuple[Sample, Prompt]] = []
-    for sample in products:
+    prepared, failures = encode(encoder, products, options)
+    lessons = []
+    for index, prompt, features in prepared:
+        sample = products[index]
+        lesson = taught(encoder.policy, prompt, sample.label)
+        lesson.features = None if options.train_vision else (features,)
+        lesson.sources = (f"{sample.sheet} row {sample.row}",)
+        lessons.append(lesson)
+    return lessons, failures
+
+
+def encode(encoder: PromptEncoder, products: Sequence[Sample], options: TrainOptions
+           ) -> tuple[list[tuple[int, Prompt, Tensor | None]], list[RolloutFailure]]:
+    """Prepare products' prompts and encode their photos, fewer together where memory runs out.
+
+    Returns each product's place, prompt and photo features; and those that can't be opened, or for which alone there is
+    no memory.
+    """
+    prompts: list[tuple[int, Prompt]] = []
+    prepared, failures = [], []
+    for index, sample in enumerate(products):
         try:
-            prompts.append((sample, encoder.encode(sample)))
+            prompts.append((index, encoder.encode(sample)))
         except (PhotoError, PromptError) as problem:
             failures.append(RolloutFailure(sample, str(problem)))
 
-    def encode_photos(some: Sequence[tuple[Sample, Prompt]]) -> list[Tensor | None]:
-        return policy.photo_features([prompt for _, prompt in some])
+    def encode_photos(some: Sequence[tuple[int, Prompt]]) -> list[Tensor | None]:
+        return encoder.policy.photo_features([prompt for _, prompt in some])
 
-    lessons = []
-    with torch.no_grad(), gathered(policy):
-        for some, features in policy.sampled_together.passes(prompts, encode_photos, "encoding photos",
-                                                             options.rollout_batch_size):
+    with torch.no_grad(), gathered(encoder.policy):
+        for some, features in encoder.policy.sampled_together.passes(prompts, encode_photos, "encoding photos",
+                                                                     options.rollout_batch_size):
             if features is None:
-                failures.append(RolloutFailure(some[0][0], "out of memory while encoding its photos; smaller or fewer "
-                                               "photos take less"))
-                continue
-            for (sample, prompt), photos in zip(some, features, strict=True):
-                lesson = taught(policy, prompt, sample.label)
-                lesson.features = None if options.train_vision else (photos,)
-                lesson.sources = (f"{sample.sheet} row {sample.row}",)
-                lessons.append(lesson)
-    return lessons, failures
+                failures.append(RolloutFailure(products[some[0][0]], "out of memory while encoding its photos; smaller "
+                                               "or fewer photos take less"))
+            else:
+                prepared += [(index, prompt, own) for (index, prompt), own in zip(some, features, strict=True)]
+    return prepared, failures
 
 
 def taught(policy: Policy, prompt: Prompt, label: Label) -> Experience:
@@ -80,3 +95,15 @@ def check_lessons(policy: Policy, products: Sequence[Sample], max_length: int) -
     logger.info(f"supervised answers, the longest: {answer}, {count} tokens, of {longest.sheet} row {longest.row}")
     if count > max_length:
         logger.warning(f"--max_length {max_length} cuts sampled answers before they are as long: give {count} or more")
+
+
+def add_blinds(items: Sequence[Experience], encoder: PromptEncoder, products: Sequence[Sample], options: TrainOptions
+               ) -> list[RolloutFailure]:
+    """Give every experience of a product with photos its twin, with the prompt that an encoder of blanked photos makes;
+    returns the products that got none."""
+    shown = [(item, sample) for item, sample in zip(items, products, strict=True) if sample.photos]
+    prepared, failures = encode(encoder, [sample for _, sample in shown], options)
+    for index, prompt, features in prepared:
+        item, _ = shown[index]
+        item.blind = replace(item, prompts=(prompt,), features=None if options.train_vision else (features,))
+    return failures
