@@ -1,6 +1,10 @@
-"""The demo with real weights, without the package that holds them: a cut-down random Llama stands in."""
+"""The demo and the benchmark with real weights, without the package that holds them: a cut-down random Llama stands in.
+"""
 
+import json
+import subprocess
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from string import Formatter
 
@@ -9,13 +13,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import demo
+import real_weights as bench
 from config import DemoOptions, SheetOptions
+from evidence.evaluation import Record
 from examples import smollm2
 from examples.product_texts import KINDS, NOTATIONS, PLAIN, TWICE, product_texts, write_size
+from ground.errors import OptionError
 from models.loading import load_minicpm
 from models.policy import Policy
+from reward import RewardParts
 from runs import run_here
-from sheets.samples import load_samples
+from sheets.samples import Sample, load_samples
 from tiny import noise_photo, sharpen
 
 
@@ -117,3 +125,63 @@ def test_the_run_of_the_demo_trains_and_compares(folder, tmp_path):
     done = run_here("run.py", "--checkpoint_path", tmp_path / "run/step_000001", "--num_samples", 2)
     assert done.returncode == 0 and "within 10 %" in done.stdout
     assert (tmp_path / "run/compare/curve.svg").is_file()
+
+
+def way(reward, **more):
+    """What the benchmark keeps of a way to train."""
+    return {"mean_reward": reward, "success_rate": 0.5, "within_10": 0.25, "zero_rate": 0.125, "valid_rate": 1.0,
+            "intervals": {"mean_reward": (0.1, 0.3), "success_rate": (0.4, 0.6), "within_10": (0.2, 0.3)},
+            "change": {"mean": 0.5, "interval": (0.4, 0.6)}, **more}
+
+
+def test_the_benchmarks_table_by_hand():
+    wording = {"mean_reward": 0.1234, "best": 0.5, "success_rate": 0.01, "valid_rate": 0.75}
+    results = {"ways": {"before": way(0.2), "grpo": way(0.7, cpu_seconds=630.0)}, "wordings": {"en": wording}}
+    assert bench.table(results).splitlines() == [
+        "| | mean reward | reward >= 0.9 | every side within 10 % | reward 0 | readable | change | CPU minutes of "
+        "training |",
+        "|---|---|---|---|---|---|---|---|",
+        "| before | 0.200 (0.100 to 0.300) | 50.0% (40.0% to 60.0%) | 25.0% (20.0% to 30.0%) | 12.5% | 100.0% |  |  |",
+        "| grpo | 0.700 (0.100 to 0.300) | 50.0% (40.0% to 60.0%) | 25.0% (20.0% to 30.0%) | 12.5% | 100.0% "
+        "| +0.500 (+0.400 to +0.600) | 10 |",
+        "",
+        "| wording, untrained, 8 answers a product | mean reward | best of 8 | reward >= 0.9 | readable |",
+        "|---|---|---|---|---|",
+        "| en | 0.123 | 0.500 | 1.0% | 75.0% |"]
+
+
+def test_the_benchmarks_figures_by_hand():
+    def records(*rewards):
+        return [Record(Sample(row, str(row), "", (10.0,), (), sheet="s"), ["", ""],
+                       [RewardParts(reward, (), (1 - reward,), True, "") for reward in pair])
+                for row, pair in enumerate(rewards)]
+
+    found = bench.figures(records((1.0, 0.5), (0.9, 0.9)), records((0.5, 0.5), (0.4, 0.4)))
+    assert found["mean_reward"] == pytest.approx(0.825) and found["within_10"] == 0.75
+    # A product's share is 1/2 or 1: resampled means of two lie between these.
+    assert found["intervals"]["within_10"] == (0.5, 1.0)
+    assert found["intervals"]["mean_reward"] == pytest.approx((0.75, 0.9))
+    assert found["change"]["mean"] == pytest.approx(0.375) and found["change"]["better"] == 2
+
+
+def test_the_benchmark_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, capsys):
+    started = []
+
+    def run(command):
+        started.append(Path(command[-1]).parent.name)
+        return run_here(*command[1:]) if len(started) != 2 else subprocess.CompletedProcess(command, 4)
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    options = bench.RealOptions(
+        data_path=str(folder / "catalogue.xlsx"), model_path=str(folder / "model"), max_steps=2, sft_steps=1,
+        eval_every=0, ways=("grpo", "both_lora"), lora_rank=4, output_dir=str(tmp_path / "bench"), wordings=2)
+    with pytest.raises(OptionError, match="both_lora: training ended with status 4"):
+        bench.main(options)
+    bench.main(options)
+    assert started == ["grpo", "both_lora", "both_lora"]
+    results = json.loads((tmp_path / "bench/real_weights.json").read_text())
+    assert [*results["ways"]] == ["before", "grpo", "both_lora"] and [*results["wordings"]] == ["en", "zh"]
+    assert all(way["products"] == results["held_out"] for way in results["ways"].values())
+    assert (tmp_path / "bench/real_weights.svg").is_file() and "| both_lora |" in capsys.readouterr().out
+    with pytest.raises(OptionError, match="--ways dpo: known are grpo, supervised"):
+        bench.main(replace(options, ways=("dpo",)))
