@@ -175,6 +175,10 @@ class LossOptions:
         0.0, "weight of the tokens' entropy, a reward of its own; for when entropy falls towards 0 while rewards are "
              "still low, so that the answers of a group are all alike; begin with 0.001: too much of it makes babble",
         within="[0, inf)")
+    sft_weight: float = option(
+        0.0, "weight of the supervised loss of sft_steps, added to each update: beside a product's sampled answers its "
+             "label's is learnt; for when hardly any sampled answer is good, so that rewards have nothing to say yet, "
+             "or when answers drift away from the labels' form; begin with 0.1", within="[0, inf)")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = option(
         "grpo", "grpo: mean over the tokens of an answer, then over answers; dapo: mean over all tokens; dr_grpo: sum "
                 "over tokens divided by answers x max_length")
@@ -192,6 +196,9 @@ class OptimizerOptions:
     """Optimizer"""
 
     lr: float = option(5e-6, "AdamW's peak learning rate", within="(0, inf)")
+    sft_lr: float | None = option(
+        None, "peak learning rate in the supervised steps of sft_steps; its course is the same, counted over all "
+              "steps; default: lr", within="(0, inf)")
     lr_scheduler: Literal["constant", "linear", "cosine"] = option("constant", "course of the rate after the warm-up")
     min_lr_ratio: float = option(0.0, "linear and cosine end at this share of lr", within="[0, 1]")
     warmup_steps: int = option(0, "steps in which the rate rises linearly to lr", within="[0, inf)")
@@ -224,6 +231,13 @@ class RunOptions:
     """Run"""
 
     max_steps: int = option(1000, "steps in all; one step is a rollout and its update", within="(0, inf)")
+    sft_steps: int = option(
+        0, "the first so many of max_steps are supervised: nothing is sampled, the policy learns to give each label, "
+           "written in cm as the built-in wording asks, with the mean -log-prob of its tokens, stop token included, as "
+           "the loss (one pass over batch_size products, by minibatch_size); for when untrained answers earn next to "
+           "nothing or labels are plenty; as many as max_steps: fine-tuning on labels alone. The model behind them is "
+           "the reference policy of the steps that follow, and is kept in their checkpoints; Adam's moments and the "
+           "course of the learning rate go on", within="[0, inf)")
     output_dir: str = option("outputs/vlm_grpo", "checkpoints, options.yaml and train.log")
     overwrite_output_dir: bool = option(False, "throw away the checkpoints of an earlier run in output_dir")
     log_dir: str = option("runs/vlm_grpo_parallel", "TensorBoard logs")

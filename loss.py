@@ -80,11 +80,12 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
     (GSPO, arXiv 2507.18071, eq. 5 and 7).
     clip_ratio_c: for A < 0 the first term is -clip_ratio_c * A at most, which else grows with the ratio without bound
     (dual clip, arXiv 1912.09729); None: no such bound.
+    Answers that are taught have no part in all that: sft_weight * supervised() is added.
     """
 
     def __init__(self, clip_eps: float, kl_weight: float, clip_eps_high: float | None = None, loss_type: str = "grpo",
                  max_length: int | None = None, mask_truncated: bool = False, ratio_level: str = "token",
-                 clip_ratio_c: float | None = None, entropy_weight: float = 0.0):
+                 clip_ratio_c: float | None = None, entropy_weight: float = 0.0, sft_weight: float = 0.0):
         super().__init__()
         if loss_type not in ("grpo", "dapo", "dr_grpo"):
             raise ValueError(f"loss_type {loss_type!r}: take grpo, dapo or dr_grpo")
@@ -101,12 +102,26 @@ class VLM_GRPOLoss(nn.Module):  # the public name of the loss
         self.ratio_level = ratio_level
         self.clip_ratio_c = math.inf if clip_ratio_c is None else clip_ratio_c
         self.entropy_weight = entropy_weight
+        self.sft_weight = sft_weight
 
     def mask(self, experience: Experience) -> Tensor:
-        """The tokens that count, (N, T) bool: the action mask, without truncated answers if they are left out."""
+        """The sampled tokens that count, (N, T) bool: without truncated answers if they are left out."""
+        mask = experience.action_mask
+        if experience.taught is not None:
+            mask = mask & ~experience.taught[:, None]
         if not self.mask_truncated or experience.truncated is None:
-            return experience.action_mask
-        return experience.action_mask & ~experience.truncated[:, None]
+            return mask
+        return mask & ~experience.truncated[:, None]
+
+    def taught_mask(self, experience: Experience) -> Tensor:
+        """The tokens of answers that are taught, (N, T) bool."""
+        if experience.taught is None:
+            return torch.zeros_like(experience.action_mask)
+        return experience.action_mask & experience.taught[:, None]
+
+    def supervised(self, log_probs: Tensor, experience: Experience) -> Tensor:
+        """The supervised loss: the mean of -log_probs (N, T) over the tokens of answers that are taught."""
+        return masked_mean(-log_probs.float(), self.taught_mask(experience))
 
     def size(self, experience: Experience) -> Tensor:
         """What the loss is a mean over: answers, or tokens for dapo. Weighs micro-batches of one minibatch."""

@@ -6,7 +6,6 @@ are scored. No torch.
 """
 
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any
 
 from ground.errors import OptionError
 from ground.options import split_reward
+from prompts import write_answer
 from reward import RewardParts, score_answer
 from sheets.samples import Sample
 
@@ -57,8 +57,7 @@ class Scorer:
 
     def check(self, sample: Sample) -> str:
         """Try one product's own label and an empty answer, before anything costs time; returns what they earn."""
-        right = json.dumps(dict(zip(("length", "width", "height"), sample.label, strict=False)) | {"unit": "cm"})
-        earned, empty = self(right, sample), self("", sample)
+        earned, empty = self(write_answer(sample.label), sample), self("", sample)
         parts = ", ".join(f"{name} {value:.3f}" for name, value in earned.named)
         return (f"reward {' + '.join(self._specs) or 'size'} on {sample.sheet} row {sample.row}: the true size earns "
                 f"{earned.reward:.3f}{f' ({parts})' if parts else ''}, an empty answer {empty.reward:.3f}")

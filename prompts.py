@@ -1,11 +1,15 @@
 """The wording that asks for a product's size. Pure strings; each model family wraps them in its own chat format."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sizes.units import as_written
+
 _ANSWER = '{"length": 12.0, "width": 8.0, "height": 15.0, "unit": "cm"}'
 
+_KEYS = {"l": "length", "w": "width", "h": "height"}
 _WORDING = {
     "zh": {
         "photos": "请结合商品的 {count} 张图片和下面的文字，判断这件商品的实际尺寸。",
@@ -33,6 +37,25 @@ def build_prompt(input_text: str, images: Sequence[Any], language: str = "zh", t
     wording = _WORDING[language]
     opening = wording["photos"].replace("{count}", str(len(images))) if len(images) else wording["text_only"]
     return opening + "\n" + wording["task"].replace("{text}", input_text)
+
+
+def write_answer(label: Sequence[float]) -> str:
+    """Write a Label, or plain sizes, as the answer that is asked for: in cm, each size under the axis that it names.
+
+    A depth, a diameter's two sides and sizes without a name take the keys that are left, in order. What the label does
+    not say is left out. Sizes are written to 0.1 mm, small ones finer.
+    """
+    axes = getattr(label, "axes", ()) or [""] * len(label)
+    keys = [_KEYS.get(axis, "thickness" if axis == "t" and len(label) < 3 else "") for axis in axes]
+    free = [key for key in _KEYS.values() if key not in keys]
+    sizes = {key or free.pop(0): _plain_number(size) for key, size in zip(keys, label, strict=True)}
+    order = [*_KEYS.values(), "thickness"]
+    return json.dumps({key: sizes[key] for key in sorted(sizes, key=order.index)} | {"unit": "cm"})
+
+
+def _plain_number(size: float) -> int | float:
+    number = float(as_written(size, max(4, len(str(int(size))) + 2)))
+    return int(number) if number.is_integer() else number
 
 
 def read_template(prompt_file: str | None) -> str | None:

@@ -16,7 +16,8 @@ from torch.nn.functional import pad
 
 from models.family import Prompt
 
-_ROWS = ("completions", "action_mask", "old_log_probs", "ref_log_probs", "rewards", "advantages", "truncated")
+_ROWS = ("completions", "action_mask", "old_log_probs", "ref_log_probs", "rewards", "advantages", "truncated",
+         "taught")
 
 
 @dataclass
@@ -33,10 +34,11 @@ class Experience:
     prompts: tuple[Prompt, ...] = ()  # one a product
     features: tuple[Tensor | None, ...] | None = None  # encoded photos, one a product; None when the vision trains
     sources: tuple[str, ...] = ()  # where each product comes from, for messages: sheet and row
+    taught: Tensor | None = None  # (N,) bool: the label written as an answer, which nobody sampled
 
 
 def join_experiences(experiences: Sequence[Experience]) -> Experience:
-    """Join groups into one batch, completions padded on the right."""
+    """Join groups into one batch, completions padded on the right. What one of them lacks the batch lacks."""
     columns = max(item.action_mask.shape[1] for item in experiences)
 
     def widened(value: Tensor) -> Tensor:
@@ -44,9 +46,9 @@ def join_experiences(experiences: Sequence[Experience]) -> Experience:
 
     first = experiences[0]
     joined = {name: torch.cat([widened(getattr(item, name)) for item in experiences]) for name in _ROWS
-              if getattr(first, name) is not None}
+              if all(getattr(item, name) is not None for item in experiences)}
     features = None if first.features is None else tuple(each for item in experiences for each in item.features or ())
-    return replace(first, **joined, features=features,
+    return replace(first, **dict.fromkeys(_ROWS) | joined, features=features,
                    prompts=tuple(prompt for item in experiences for prompt in item.prompts),
                    sources=tuple(source for item in experiences for source in item.sources))
 

@@ -7,7 +7,8 @@
     torchrun --nproc_per_node 8 --nnodes 2 ... train_vlm_parallel.py ...      # two machines
 
 Each step: sample a group of answers for some products, score them, compare them within the group, and move the policy
-towards the better ones by a clipped, KL-bound update. Every option: --help.
+towards the better ones by a clipped, KL-bound update. The first --sft_steps learn the labels instead. Every option:
+--help.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a misspelt option answer at once
@@ -22,7 +23,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from config import TrainOptions
 from evidence.evaluation import Record, evaluate, summarise
 from ground.errors import OptionError
 from ground.options import write_options
-from loss import group_advantages
+from loss import VLM_GRPOLoss, group_advantages
 from models.policy import Policy
 from models.processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
 from models.sharding import (
@@ -58,7 +59,17 @@ from training.guard import check_fast_path
 from training.preflight import preflight
 from training.provenance import write_start, write_summary
 from training.setup import fetch_photos, load_models, load_products, set_up_log
-from update import Learner, learning_rate, log_probs_under, make_idle, make_learner, set_learning_rate, update
+from training.supervised import check_lessons, lessons_of, with_label
+from update import (
+    Learner,
+    answers_a_product,
+    learning_rate,
+    log_probs_under,
+    make_idle,
+    make_learner,
+    set_learning_rate,
+    update,
+)
 
 
 class BadRun(RuntimeError):
@@ -74,6 +85,7 @@ class Run:
     """Everything that a training run holds."""
 
     learner: Learner
+    teacher: Learner  # the same, for supervised steps
     reference: Policy | None  # None when kl_weight is 0
     shares_vision: bool  # policy and reference have the same frozen vision: photos are encoded once for both
     encoder: PromptEncoder
@@ -104,7 +116,7 @@ def train(options: TrainOptions) -> Path | None:
     bar = tqdm(total=options.max_steps * per_step, initial=run.start * per_step, unit="product",
                disable=None if run.processes.main else True, dynamic_ncols=True)
     bounds = Bounds(options, run.first)
-    sampled = run.start >= options.max_steps  # nothing left to do is no failure
+    learnt = run.start >= options.max_steps  # nothing left to do is no failure
     with interruptible() as interruption:
         for step in range(run.start, options.max_steps):
             seconds: dict[str, float] = defaultdict(float)
@@ -112,15 +124,20 @@ def train(options: TrainOptions) -> Path | None:
             products = products_at(step, run, options)
             coming = products_at(step + 1, run, options) if step + 1 < options.max_steps else []
             run.encoder.prefetch([*products, *coming])
-            with timed(seconds, "rollout"), gathered(run.policy):
-                groups, trained, failures = roll_out(run, products, options, f"{options.seed}/{step}")
-            with timed(seconds, "reference"):
-                buffer = fill_buffer(trained, run, options)
-            with timed(seconds, "update"):
-                set_learning_rate(run.learner.optimizer, rate)
-                metrics = update(run.learner, buffer, options, step)
-            metrics |= describe(groups, trained, failures, run.processes) | {"lr": rate}
-            sampled = sampled or "returns" in metrics
+            set_learning_rate(run.learner.optimizer, rate)
+            if step < options.sft_steps:
+                groups, trained, buffer = [], [], ReplayBuffer()
+                metrics = supervise(run, products, options, step, seconds)
+            else:
+                with timed(seconds, "rollout"), gathered(run.policy):
+                    groups, trained, failures = roll_out(run, products, options, f"{options.seed}/{step}")
+                with timed(seconds, "reference"):
+                    buffer = fill_buffer(trained, run, options)
+                with timed(seconds, "update"):
+                    metrics = update(run.learner, buffer, options, step)
+                metrics |= describe(groups, trained, failures, run.processes)
+            metrics["lr"] = rate
+            learnt = learnt or "returns" in metrics or "supervised_loss" in metrics
             count_bad_step(run, metrics, step + 1)
             sync_reference(run, options, step + 1)
             if run.writer:
@@ -131,7 +148,7 @@ def train(options: TrainOptions) -> Path | None:
             if finish_step(run, options, step + 1, interruption):
                 break
     bar.close()
-    if not sampled:
+    if not learnt:
         raise BadRun("no product could be rolled out in any step, so nothing was learnt (see the warnings above); "
                      "python check_data.py shows what is wrong with a sheet")
     if run.writer:
@@ -171,13 +188,25 @@ def roll_out(run: Run, products: Sequence[Sample], options: TrainOptions, seed: 
     return groups, trained, [*failures, *failed_again]
 
 
+def supervise(run: Run, products: Sequence[Sample], options: TrainOptions, step: int, seconds: dict[str, float]
+              ) -> dict[str, float]:
+    """One supervised step: learn the products' labels, written as answers; returns its metrics."""
+    with timed(seconds, "lessons"):
+        lessons, failures = lessons_of(run.encoder, products, options)
+    warn_of_failures("no lesson", failures)
+    with timed(seconds, "update"):
+        metrics = update(run.teacher, ReplayBuffer(lessons), replace(options, epochs=1), step)
+    return metrics | {"failed_rollouts": sum(run.processes.gather(len(failures)))}
+
+
 def count_bad_step(run: Run, metrics: dict[str, float], step: int) -> None:
     """Note why a step moved no weight; one that moved them ends the row of bad ones."""
     if metrics["optimizer_steps"]:
         run.bad_steps = []
         return
-    why = ("no answer could be sampled" if "returns" not in metrics else
-           "loss or gradient not finite" if metrics["skipped_minibatches"] else
+    why = ("loss or gradient not finite" if metrics["skipped_minibatches"] else
+           "no product could be opened" if "trained_groups" not in metrics else
+           "no answer could be sampled" if "returns" not in metrics else
            "every group without spread, however often sampled (--resample_flat)" if not metrics["trained_groups"] else
            "every answer left out by --mask_truncated")
     run.bad_steps = [*run.bad_steps, why]
@@ -186,8 +215,11 @@ def count_bad_step(run: Run, metrics: dict[str, float], step: int) -> None:
 
 
 def sync_reference(run: Run, options: TrainOptions, step: int) -> None:
-    """Every ref_sync_every steps, move the reference policy towards the policy (TR-DPO, arXiv 2404.09656)."""
-    if options.ref_sync_every and step % options.ref_sync_every == 0:
+    """Every ref_sync_every steps, move the reference policy towards the policy (TR-DPO, arXiv 2404.09656); after the
+    supervised steps, all the way."""
+    if run.reference and step == options.sft_steps:
+        run.reference.move_towards(run.policy, 1.0)
+    elif options.ref_sync_every and step > options.sft_steps and step % options.ref_sync_every == 0:
         run.reference.move_towards(run.policy, options.ref_sync_mix)
 
 
@@ -202,7 +234,8 @@ def finish_step(run: Run, options: TrainOptions, step: int, interruption: Interr
         raise BadRun(f"{len(run.bad_steps)} steps in a row made no optimizer step: {causes} (see the warnings above). "
                      f"Stopped at step {step}; the last checkpoint is {run.last_saved}")
     signalled = run.processes.most(interruption.signal)
-    if options.eval_every and run.held_out and (step % options.eval_every == 0 or last) and not signalled:
+    due = last or step == options.sft_steps or options.eval_every and step % options.eval_every == 0
+    if options.eval_every and run.held_out and due and not signalled:
         records = log_evaluation(run, options, step)
         if records and keep_if_best(run, options, step, records):
             logger.info(f"stopping at step {step}: no better held-out reward for {options.stop_after} evaluations")
@@ -245,7 +278,7 @@ def save(run: Run, options: TrainOptions, step: int) -> None:
     state = {"step": step, "first": run.first, "why_bad": run.bad_steps, "world": world,
              "products_per_step": options.batch_size * world,
              "optimizer": whole_optimizer_state(run.learner.optimizer, keep=main)}
-    if options.ref_sync_every:
+    if run.reference and (options.ref_sync_every or 0 < options.sft_steps <= step):
         state["reference"] = whole_weights(run.reference, keep=main)
     try:
         run.last_saved = run.processes.once(lambda: save_checkpoint(run.policy, options, step, state, weights), OSError)
@@ -275,13 +308,18 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
                             options.prompt_cache_mb, options.max_prompt_length)
     if not options.exact_path:
         check_fast_path(policy, reference, shares_vision, encoder, products, options, processes)
-    idle = None
+    if options.sft_steps or options.sft_weight:
+        check_lessons(policy, products, options.max_length)
+    idle = lesson_idle = None
     if options.sharding == "fsdp" and processes.world > 1:
-        idle = make_idle(policy, options.group_size, options.train_vision)
+        idle, lesson_idle = (make_idle(policy, answers, options.train_vision)
+                             for answers in (answers_a_product(options), 1))
         shard(policy)  # under an adapter: others are split since their weights were read, and so is the reference
         parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     learner = make_learner(policy, parameters, options, processes, idle)
-    run = Run(learner, reference, shares_vision, encoder, scorer, None, products, held_out, last_saved=resume_from)
+    teacher = replace(learner, objective=VLM_GRPOLoss(options.clip_eps, 0.0, sft_weight=1.0), idle=lesson_idle)
+    run = Run(learner, teacher, reference, shares_vision, encoder, scorer, None, products, held_out,
+              last_saved=resume_from)
     if resume_from:
         take_up(run, options, resume_from)
     if processes.main:
@@ -300,8 +338,10 @@ def take_up(run: Run, options: TrainOptions, resume_from: Path) -> None:
     """Take up the optimizer and the place of the run that is resumed."""
     state = read_state(resume_from, options, run.processes.world)
     load_optimizer_state(run.learner.optimizer, state["optimizer"])
-    if "reference" in state and run.reference:
+    if run.reference and "reference" in state:
         load_whole_weights(run.reference, state["reference"])
+    elif run.reference and 0 < options.sft_steps <= state["step"]:  # all steps so far were supervised
+        run.reference.move_towards(run.policy, 1.0)
     run.start, run.first, run.bad_steps = state["step"], state.get("first", {}), state.get("why_bad", [])
     logger.info(f"resuming from {resume_from} at step {run.start} of {options.max_steps}"
                 + (": nothing left to do" if run.start >= options.max_steps else ""))
@@ -317,10 +357,11 @@ def fill_buffer(groups: Sequence[Group], run: Run, options: TrainOptions) -> Rep
         rewards = torch.tensor(group.rewards, device=run.policy.device)  # (G,)
         advantages = group_advantages(rewards, std_floor=options.std_floor, scale=options.scale_advantages,
                                       batch_rewards=torch.tensor(step_rewards, device=rewards.device))
-        buffer.append(Experience(
+        item = Experience(
             group.completions, group.action_mask, group.old_log_probs, None, rewards, advantages, group.truncated,
             (group.prompt,), None if options.train_vision else (group.features,),
-            (f"{group.sample.sheet} row {group.sample.row}",)))
+            (f"{group.sample.sheet} row {group.sample.row}",))
+        buffer.append(with_label(item, run.policy, group.sample.label) if options.sft_weight else item)
     if run.reference is None:
         return buffer
     for item, ref_log_probs in log_probs_under(run.reference, buffer.items, run.learner.passes,

@@ -51,7 +51,8 @@ def make_learner(policy: Policy, parameters: list[nn.Parameter], options: TrainO
     """Put together what an update needs, as the options say. processes: all of the run; None: this one alone."""
     objective = VLM_GRPOLoss(options.clip_eps, options.kl_weight, options.clip_eps_high, options.loss_type,
                              options.max_length, options.mask_truncated, ratio_level=options.ratio_level,
-                             clip_ratio_c=options.clip_ratio_c, entropy_weight=options.entropy_weight)
+                             clip_ratio_c=options.clip_ratio_c, entropy_weight=options.entropy_weight,
+                             sft_weight=options.sft_weight)
     return Learner(policy, parameters, make_optimizer(parameters, options), objective, processes or Processes(),
                    PassSize(options.micro_batch_size or options.minibatch_size or options.batch_size), idle)
 
@@ -74,7 +75,7 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
         metrics = backward(learner, minibatch, options, on_policy=len(minibatches) == 1)
         if not metrics:
             continue
-        measured = {name: metrics.pop(name) for name in ("first_ratio", "log_prob_gap")}
+        measured = {name: metrics.pop(name) for name in ("first_ratio", "log_prob_gap") if name in metrics}
         first = first or measured
         if not learner.sharded:  # sharded gradients are averages already
             learner.processes.average_gradients(learner.parameters)
@@ -128,13 +129,20 @@ def renew_old_log_probs(learner: Learner, items: Sequence[Experience], options: 
     objective, processes = learner.objective, learner.processes
     tokens = processes.total(torch.tensor(sum(int(objective.mask(item).sum()) for item in items),
                                           device=learner.policy.device))
+    if not tokens:
+        return {}
     ratio, gap = torch.zeros(2, device=learner.policy.device)
     for item, log_probs in log_probs_under(learner.policy, items, learner.passes, options.temperature):
-        ratio += objective.mean_ratio(log_probs, item) * (objective.mask(item).sum() / tokens.clamp(min=1))
-        gap = torch.maximum(gap, (log_probs - item.old_log_probs).abs().max())
+        ratio += objective.mean_ratio(log_probs, item) * (objective.mask(item).sum() / tokens)
+        gap = torch.maximum(gap, largest_gap(log_probs, item))
         item.old_log_probs = log_probs
-    found = {"first_ratio": float(processes.total(ratio)), "log_prob_gap": processes.most(float(gap))}
-    return found if tokens else {}
+    return {"first_ratio": float(processes.total(ratio)), "log_prob_gap": processes.most(float(gap))}
+
+
+def largest_gap(log_probs: Tensor, batch: Experience) -> Tensor:
+    """How far log-probs (N, T) lie at most from those of sampling, over all that was sampled."""
+    gaps = (log_probs - batch.old_log_probs).abs()
+    return (gaps if batch.taught is None else gaps.masked_fill(batch.taught[:, None], 0.0)).max()
 
 
 def log_probs_under(policy: Policy, items: Sequence[Experience], passes: PassSize, temperature: float,
@@ -176,14 +184,14 @@ def backward(learner: Learner, minibatch: Sequence[Experience], options: TrainOp
     Where memory runs out, all of it is done again with passes of half as many products, each process by itself.
     """
     policy, objective, processes = learner.policy, learner.objective, learner.processes
-    counted = torch.tensor([sum(int(objective.size(item)) for item in minibatch),
-                            sum(int(objective.mask(item).sum()) for item in minibatch)], device=policy.device)
-    size, tokens = processes.total(counted)
-    if not size:
+    counted = torch.tensor([sum(int(count(item).sum()) for item in minibatch) for count in
+                            (objective.size, objective.mask, objective.taught_mask)], device=policy.device)
+    counts = processes.total(counted)
+    if not counts.any():
         return {}
     while True:
         try:
-            sums, gap = accumulate(learner, minibatch, options, on_policy, size, tokens)
+            sums, gap = accumulate(learner, minibatch, options, on_policy, counts)
             break
         except torch.OutOfMemoryError as error:
             problem, sources = str(error), getattr(error, "__notes__", [])
@@ -196,18 +204,22 @@ def backward(learner: Learner, minibatch: Sequence[Experience], options: TrainOp
         if not learner.passes.halve(taken, "updating", problem):
             raise no_memory(sources)
     totals = processes.total(torch.stack(list(sums.values()))).tolist()
-    return dict(zip(sums, totals, strict=True)) | {"log_prob_gap": processes.most(float(gap))}
+    metrics = dict(zip(sums, totals, strict=True)) | {"log_prob_gap": processes.most(float(gap))}
+    known = {"total_loss": True, "supervised_loss": bool(counts[2])}
+    return {name: value for name, value in metrics.items() if known.get(name, bool(counts[1]))}
 
 
-def accumulate(learner: Learner, minibatch: Sequence[Experience], options: TrainOptions, on_policy: bool, size: Tensor,
-               tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def accumulate(learner: Learner, minibatch: Sequence[Experience], options: TrainOptions, on_policy: bool,
+               counts: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Run every micro-batch forward and backward; returns this process's share of the metrics, and its largest gap.
 
-    size, tokens: what the loss and the metrics are means over, in all processes.
+    counts: what the loss, the metrics and the supervised loss are means over, in all processes.
     """
     policy, objective, processes = learner.policy, learner.objective, learner.processes
+    size, tokens, taught = counts.clamp(min=1)
     names = ("ratio", "clip_fraction", "entropy", *(["kl_divergence"] if options.kl_weight else []))
-    sums = {name: torch.zeros((), device=policy.device) for name in ("total_loss", "first_ratio", *names)}
+    sums = {name: torch.zeros((), device=policy.device)
+            for name in ("total_loss", "first_ratio", "supervised_loss", *names)}
     gap = torch.zeros((), device=policy.device)
     batches = list(micro_batches(minibatch, learner.passes.products or 1))
     passes = processes.most(len(batches)) if learner.sharded else len(batches)
@@ -218,13 +230,17 @@ def accumulate(learner: Learner, minibatch: Sequence[Experience], options: Train
             if batch is None:
                 (0.0 * log_probs.sum()).backward()
                 continue
-            gap = torch.maximum(gap, (log_probs.detach() - batch.old_log_probs).abs().max())
+            gap = torch.maximum(gap, largest_gap(log_probs.detach(), batch))
             share = objective.mask(batch).sum() / tokens
             sums["first_ratio"] += objective.mean_ratio(log_probs.detach(), batch) * share
             if on_policy and policy.dtype != torch.float32:
                 batch.old_log_probs = log_probs.detach()
             terms = objective.terms(log_probs, batch, entropy)
             loss = terms.total_loss * (objective.size(batch) / size)
+            if batch.taught is not None:
+                supervised = objective.supervised(log_probs, batch) * (objective.taught_mask(batch).sum() / taught)
+                loss = loss + objective.sft_weight * supervised
+                sums["supervised_loss"] += supervised.detach()
             (loss * processes.world).backward()  # gradients are averaged over the processes, the loss is summed
             sums["total_loss"] += loss.detach()
             for name in names:
@@ -264,6 +280,12 @@ def log_probs_of(learner: Learner, items: Sequence[Experience], options: TrainOp
     return batch, log_probs[:rows, :columns] + 0.0 * log_probs[rows:].sum(), entropy[:rows, :columns]
 
 
+def answers_a_product(options: TrainOptions) -> int:
+    """How many answers of a product an update takes: the group, and the label's where it is taught beside; in a run of
+    supervised steps alone that only."""
+    return options.group_size + bool(options.sft_weight) if options.sft_steps < options.max_steps else 1
+
+
 def make_idle(policy: Policy, group_size: int, train_vision: bool) -> Experience:
     """Make a product that no sheet holds, for a process without one: a grey photo while the vision trains."""
     prompt = policy.encode_prompt("-", [Image.new("RGB", (64, 64), "grey")] if train_vision else [])
@@ -301,14 +323,18 @@ def make_optimizer(parameters: Sequence[Tensor], options: TrainOptions) -> torch
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
-    """The rate of step 0, 1, ...: linear warm-up, then constant, linear or cosine down to min_lr_ratio * lr."""
+    """The rate of step 0, 1, ...: linear warm-up, then constant, linear or cosine down to min_lr_ratio * lr.
+
+    Supervised steps have sft_lr in place of lr.
+    """
+    peak = options.sft_lr if options.sft_lr and step < options.sft_steps else options.lr
     if step < options.warmup_steps:
-        return options.lr * (step + 1) / options.warmup_steps
+        return peak * (step + 1) / options.warmup_steps
     if options.lr_scheduler == "constant":
-        return options.lr
+        return peak
     progress = (step - options.warmup_steps) / max(options.max_steps - options.warmup_steps, 1)
     left = 1 - progress if options.lr_scheduler == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return options.lr * (options.min_lr_ratio + (1 - options.min_lr_ratio) * left)
+    return peak * (options.min_lr_ratio + (1 - options.min_lr_ratio) * left)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

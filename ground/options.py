@@ -210,6 +210,8 @@ def check_training(options: TrainOptions) -> None:
         raise OptionError("--min_lr_ratio needs --lr_scheduler linear or cosine")
     if options.warmup_steps > options.max_steps:
         raise OptionError(f"--warmup_steps {options.warmup_steps} is more than --max_steps {options.max_steps}")
+    if options.sft_lr is not None and not options.sft_steps:
+        raise OptionError(f"--sft_lr {options.sft_lr} needs --sft_steps")
     check_lora(options)
     check_reference(options)
     if options.stop_after and not options.eval_every:

@@ -4,6 +4,9 @@ The adapter sits inside the model's own linear layers, so the model keeps its cl
 on working. There is no dropout in an adapter: sampling and update must see the same network.
 """
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from models.family import Family, ModelError
 from models.weights import open_safetensors
 
+TRAINED, REFERENCE = "default", "reference"  # the adapter that trains has peft's own name; one that a reference keeps
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -68,6 +72,32 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Any:
                          f"{wrong[:3]}")
     set_peft_model_state_dict(adapter, state)
     return adapter
+
+
+def add_reference(adapter: Any) -> None:
+    """Put a second adapter on the same layers, which does not train and, as it is, changes nothing."""
+    adapter.add_adapter(REFERENCE, copy.deepcopy(adapter.peft_config[TRAINED]))
+
+
+def part_of(name: str, adapter_name: str | None) -> bool:
+    """Say whether a tensor of a model's is one of an adapter's."""
+    return ".lora_" in name and f".{adapter_name}." in name
+
+
+@contextmanager
+def active(adapter: Any, name: str | None) -> Iterator[None]:
+    """Let another adapter of the model work for the time of the block, or none."""
+    if name == TRAINED:
+        yield
+    elif name is None:
+        with adapter.disable_adapter():
+            yield
+    else:
+        adapter.base_model.set_adapter(name, inference_mode=True)
+        try:
+            yield
+        finally:
+            adapter.base_model.set_adapter(TRAINED)
 
 
 def check_adapter(model: nn.Module, folder: str | Path) -> None:

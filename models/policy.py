@@ -7,7 +7,7 @@ network.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,7 +111,7 @@ class Policy:
         self._banned = torch.tensor(self.family.never_sampled(model, tokenizer), device=self.device)
         self.stop_ids = torch.tensor(stop_token_ids(model, tokenizer), device=self.device)
         self.adapter: Any = None  # peft's wrapper around the model, when low-rank adapters are in it
-        self._adapter_off = False
+        self.adapter_name: str | None = lora.TRAINED  # the one that works here; None: the base alone
         self.sampled_together = PassSize()
 
     def add_adapter(self, rank: int, alpha: int | None, base_path: str) -> None:
@@ -122,8 +122,15 @@ class Policy:
     def without_adapter(self) -> "Policy":
         """The same model as it is with the adapter switched off: the base, no second copy."""
         base = copy.copy(self)
-        base._adapter_off = True
+        base.adapter_name = None
         return base
+
+    def with_reference_adapter(self) -> "Policy":
+        """The same model with another adapter in place of the one that trains, where move_towards() puts it."""
+        lora.add_reference(self.adapter)
+        other = copy.copy(self)
+        other.adapter_name = lora.REFERENCE
+        return other
 
     def load_weights(self, path: str) -> None:
         """Take on a checkpoint: its adapter, put on this model, or its weights; raises ModelError when none fits."""
@@ -134,9 +141,17 @@ class Policy:
 
     @torch.no_grad()
     def move_towards(self, other: "Policy", mix: float) -> None:
-        """Move every weight towards that of another policy of the same model: (1 - mix) * own + mix * other."""
-        for own, its in zip(self.model.parameters(), other.model.parameters(), strict=True):
+        """Move every weight, or every one of the adapter, towards that of another policy of the same model:
+        (1 - mix) * own + mix * other."""
+        pairs = zip(self.own_parameters(), other.own_parameters(), strict=True)
+        for own, its in pairs:
             own.copy_((1 - mix) * own.to(its.dtype) + mix * its)
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        """What tells this policy from others on the same base: its adapter, or every weight."""
+        for name, parameter in self.model.named_parameters():
+            if self.adapter is None or lora.part_of(name, self.adapter_name):
+                yield parameter
 
     def check_weights(self, path: str) -> None:
         """Refuse a checkpoint that load_weights would not take, reading no tensor of it; raises ModelError."""
@@ -165,10 +180,7 @@ class Policy:
     def computing(self) -> Iterator[None]:
         """The compute dtype, and the adapter on or off."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            if self._adapter_off:
-                with self.adapter.disable_adapter():
-                    yield
-            else:
+            with nullcontext() if self.adapter is None else lora.active(self.adapter, self.adapter_name):
                 yield
 
     def encode_prompt(self, text: str, photos: Sequence[Any]) -> Prompt:

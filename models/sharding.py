@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from models.lora import part_of
 from models.policy import Policy, Root, repeated_layers
 from models.weights import own_rows
 
@@ -139,7 +140,7 @@ def whole_weights(policy: Policy, keep: bool) -> dict[str, Tensor]:
     tied = set(getattr(policy.model, "all_tied_weights_keys", None) or ())
     kept = {}
     for name, value in policy.model.state_dict().items():
-        if name in tied or (policy.adapter is not None and ".lora_" not in name):
+        if name in tied or (policy.adapter is not None and not part_of(name, policy.adapter_name)):
             continue
         value = whole(value)
         if keep:

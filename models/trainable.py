@@ -4,6 +4,7 @@ import torch
 from loguru import logger
 from torch import nn
 
+from models.lora import TRAINED, part_of
 from models.policy import Policy
 
 
@@ -18,7 +19,7 @@ def set_trainable(policy: Policy, train_vision: bool) -> list[nn.Parameter]:
     for module in policy.family.vision_modules(policy.model):
         module.requires_grad_(train_vision)
     for name, parameter in policy.model.named_parameters():
-        if ".lora_" in name:
+        if part_of(name, TRAINED):
             parameter.requires_grad_(True)
     parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     for parameter in parameters:

@@ -23,7 +23,7 @@ WINGS = {
                "sharding"],
     "the algorithm": ["prompts", "reward", "own_reward", "replay_buffer", "loss", "rollout", "update"],
     "evidence": ["measures", "journal", "evaluation", "comparison", "report", "charts", "page"],
-    "training": ["provenance", "checkpoint", "trained", "setup", "guard", "preflight", "curves"],
+    "training": ["provenance", "checkpoint", "trained", "setup", "guard", "preflight", "curves", "supervised"],
     "examples": ["product_texts", "smollm2"],
     "the commands": ["check_data", "check_reward", "download_images", "demo", "export", "test_model", "run",
                      "train_vlm_parallel"],

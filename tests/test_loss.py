@@ -21,6 +21,23 @@ def experience(old, advantages, mask, ref=None, truncated=None):
 LOG = math.log
 
 
+def test_supervised_loss():
+    # The second answer is taught, the third cut off: -(ln 0.2 + ln 0.5) / 2 = ln 10 / 2; nothing else is of either.
+    new = torch.tensor([[LOG(0.3), LOG(0.3)], [LOG(0.2), LOG(0.5)], [LOG(0.9), LOG(0.9)]], requires_grad=True)
+    item = experience([[LOG(0.3), LOG(0.3)], [0.0, 0.0], [LOG(0.9), LOG(0.9)]], [2.0, 0.0, -1.0], [[True, True]] * 3,
+                      ref=[[LOG(0.3), LOG(0.3)], [-9.0, -9.0], [LOG(0.9), LOG(0.9)]], truncated=[False, False, True])
+    item.taught = torch.tensor([False, True, False])
+    loss = VLM_GRPOLoss(0.2, 0.1, mask_truncated=True, sft_weight=0.5)
+    assert loss.supervised(new, item).item() == pytest.approx(LOG(10) / 2)
+    assert loss.mask(item).tolist() == [[True, True], [False, False], [False, False]] and loss.size(item) == 1
+    terms = loss.terms(new, item)
+    assert (terms.total_loss.item(), terms.kl_divergence.item(), terms.ratio.item()) == pytest.approx((-2.0, 0.0, 1.0))
+    assert torch.autograd.grad(loss.supervised(new, item), new)[0].tolist() == [[0, 0], [-0.5, -0.5], [0, 0]]
+    assert torch.autograd.grad(terms.total_loss, new)[0].tolist() == [[-1, -1], [0, 0], [0, 0]]
+    item.taught = None
+    assert loss.supervised(new, item) == 0
+
+
 def test_masked_mean():
     values = torch.tensor([[1.0, 2.0, 30.0], [5.0, float("nan"), float("inf")]])
     mask = torch.tensor([[True, True, False], [True, False, False]])

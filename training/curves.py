@@ -36,11 +36,14 @@ MEANINGS = {
     "trained_groups": "groups that the update learns from: all, or those with spread where resample_flat is given",
     "answer_length": "mean tokens of an answer, the stop token included",
     "truncated_share": "share of answers that hit max_length without a stop token",
-    "failed_rollouts": "products of the step that gave no group; the log says why",
-    "total_loss": "the policy loss plus kl_weight times the KL term, less entropy_weight times the entropy. With "
+    "failed_rollouts": "products of the step that gave no group, or no lesson in a supervised step; the log says why",
+    "total_loss": "the policy loss plus kl_weight times the KL term, less entropy_weight times the entropy, plus "
+                  "sft_weight times the supervised loss; in a supervised step that alone. With "
                   "loss_type grpo about 0 at each step's first update, since a group's advantages average to zero; "
                   "dapo and dr_grpo give a long answer more weight than a short one, so not there, nor where "
                   "mask_truncated leaves answers out or entropy is rewarded. Watch returns instead",
+    "supervised_loss": "mean -log-prob of the tokens of labels' answers, in nats, stop token included: in sft_steps, "
+                       "and where sft_weight adds it to the loss",
     "kl_divergence": "how far the policy has moved from the reference policy, per token (k3 estimate); a few tenths "
                      "are a lot, a steep rise says that the learning rate is too high. In bfloat16 about 1e-5 of it is "
                      "rounding where products are put together in other passes than for the reference, else none",

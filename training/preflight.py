@@ -18,7 +18,7 @@ from replay_buffer import Experience
 from rollout import PromptEncoder, PromptError
 from sheets.photos import PhotoError
 from sheets.samples import Sample
-from update import Learner, backward, pretend
+from update import Learner, answers_a_product, backward, pretend
 
 _LOOKED_AT = 8  # products of the most photos, and as many of the longest texts: opening all would take too long
 _KEPT_FREE = 0.1  # of a GPU's memory: what other libraries take, and what lies in pieces too small
@@ -55,7 +55,7 @@ def preflight(learner: Learner, encoder: PromptEncoder, products: Sequence[Sampl
             logger.info(f"--micro_batch_size 0: {fits} products a pass to start with")
     if sample is not None and prompt is not None:
         logger.info(f"pre-flight: {sample.sheet} row {sample.row}, {len(prompt.input_ids)} prompt tokens, "
-                    f"{options.group_size} answers of {options.max_length}, {len(items)} products a pass: "
+                    f"{answers_a_product(options)} answers of {options.max_length}, {len(items)} products a pass: "
                     f"{peak / GIB:.2f} GiB {'of the GPU' if policy.device.type == 'cuda' else 'resident'} at most, "
                     f"{moments / GIB:.2f} more for Adam's moments; {time.perf_counter() - begin:.1f} s")
 
@@ -63,7 +63,7 @@ def preflight(learner: Learner, encoder: PromptEncoder, products: Sequence[Sampl
 def longest_answers(policy: Policy, prompt: Prompt, options: TrainOptions) -> Experience:
     """A group of the longest answers to a product, as an update would meet it."""
     features = None if options.train_vision else policy.photo_features([prompt])
-    item = pretend(policy, prompt, options.group_size, options.max_length, features)
+    item = pretend(policy, prompt, answers_a_product(options), options.max_length, features)
     return item if options.kl_weight else replace(item, ref_log_probs=None)
 
 

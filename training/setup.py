@@ -95,14 +95,17 @@ def log_findings(path: str, findings: Sequence[RowProblem]) -> None:
 
 def load_models(options: TrainOptions, resume_from: Path | None, processes: Processes = ALONE
                 ) -> tuple[Policy, Policy | None, bool]:
-    """Load the policy and its frozen reference (none when kl_weight is 0).
+    """Load the policy and its frozen reference (none when kl_weight is 0 or every step is supervised).
 
     With fsdp each of several processes reads its share of them only. The third value says whether both have the same
     frozen vision, so that photos are encoded once for both.
     """
+    compares = options.kl_weight > 0 and options.sft_steps < options.max_steps
     if options.lora_rank:
         policy = load_adapted(options, resume_from)
-        return policy, policy.without_adapter() if options.kl_weight else None, True
+        if not compares:
+            return policy, None, True
+        return policy, policy.with_reference_adapter() if options.sft_steps else policy.without_adapter(), True
     dtype = DTYPES[options.dtype]
     split = splitter(dtype) if options.sharding == "fsdp" and processes.world > 1 else None
     parts = options.model_path, options, options.device, options.trust_remote_code
@@ -114,7 +117,7 @@ def load_models(options: TrainOptions, resume_from: Path | None, processes: Proc
         before = [own_part(parameter).clone() for parameter in vision]
         load_weights(policy.model, weights)
         same_vision = all(torch.equal(own_part(now), then) for now, then in zip(vision, before, strict=True))
-    if not options.kl_weight:
+    if not compares:
         return policy, None, False
     shares_vision = not options.train_vision and all(processes.gather(same_vision))
 

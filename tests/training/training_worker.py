@@ -37,6 +37,7 @@ from rounding import float64  # noqa: E402
 from runs import train_options  # noqa: E402
 
 LEARNING = {"scale_advantages": "batch", "entropy_weight": 0.01, "ref_sync_every": 1, "ref_sync_mix": 0.6}
+SUPERVISED = {"sft_steps": 1, "sft_lr": 2e-4, "sft_weight": 0.5}
 # name: the options, beside those of both; what one process does with twice the --batch_size is the measure. The shop's
 # model has both kinds of layers.
 CASES = {
@@ -46,6 +47,10 @@ CASES = {
     "fsdp, LoRA, hybrid": {"lora_rank": 4, "sharding": "fsdp"},
     "none, vision": {"train_vision": True, "missing_photos": "text_only"},
     "fsdp, vision": {"train_vision": True, "missing_photos": "text_only", "sharding": "fsdp"},
+    "none, supervised": SUPERVISED,
+    "fsdp, supervised": {**SUPERVISED, "sharding": "fsdp"},
+    "fsdp, supervised, LoRA": {**SUPERVISED, "lora_rank": 4, "sharding": "fsdp"},
+    "none, supervised, LoRA": {**SUPERVISED, "lora_rank": 4},
     "none, options": LEARNING,
     "fsdp, options": {**LEARNING, "sharding": "fsdp"},
 }
@@ -53,6 +58,7 @@ RESUMED = {  # from what one process began
     "none, resumed": {},
     "fsdp, resumed": {"sharding": "fsdp"},
     "fsdp, options, resumed": {**LEARNING, "sharding": "fsdp"},
+    "fsdp, supervised, LoRA, resumed": {**SUPERVISED, "lora_rank": 4, "sharding": "fsdp"},
 }
 
 
@@ -88,9 +94,15 @@ def give_worth():
 
 
 def watch_products():
-    """Note the rows that this process rolls out each step; returns the list."""
+    """Note the rows that this process rolls out, or learns the labels of, each step; returns the list."""
     rows = []
-    good = training.rollout_groups
+    good, lessons_of = training.rollout_groups, training.lessons_of
+
+    def taught(encoder, samples, options):
+        rows.append([sample.row for sample in samples])
+        return lessons_of(encoder, samples, options)
+
+    training.lessons_of = taught
 
     def watched(encoder, samples, group_size, *args):
         if group_size == 4:  # the start-up check takes 3

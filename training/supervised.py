@@ -1,0 +1,82 @@
+"""Supervised steps: a product's label, written as the answer that is asked for, is what the policy learns to say."""
+
+from collections.abc import Sequence
+
+import torch
+from loguru import logger
+from torch import Tensor
+
+from config import TrainOptions
+from models.family import Prompt
+from models.policy import Policy
+from models.sharding import gathered
+from prompts import write_answer
+from replay_buffer import Experience, join_experiences
+from rollout import PromptEncoder, PromptError, RolloutFailure
+from sheets.samples import PhotoError, Sample
+from sizes.labels import Label
+
+
+def lessons_of(encoder: PromptEncoder, products: Sequence[Sample], options: TrainOptions
+               ) -> tuple[list[Experience], list[RolloutFailure]]:
+    """Make a lesson of each product: a group of one answer, its label's; also returns those that gave none."""
+    policy, failures = encoder.policy, []
+    prompts: list[tuple[Sample, Prompt]] = []
+    for sample in products:
+        try:
+            prompts.append((sample, encoder.encode(sample)))
+        except (PhotoError, PromptError) as problem:
+            failures.append(RolloutFailure(sample, str(problem)))
+
+    def encode_photos(some: Sequence[tuple[Sample, Prompt]]) -> list[Tensor | None]:
+        return policy.photo_features([prompt for _, prompt in some])
+
+    lessons = []
+    with torch.no_grad(), gathered(policy):
+        for some, features in policy.sampled_together.passes(prompts, encode_photos, "encoding photos",
+                                                             options.rollout_batch_size):
+            if features is None:
+                failures.append(RolloutFailure(some[0][0], "out of memory while encoding its photos; smaller or fewer "
+                                               "photos take less"))
+                continue
+            for (sample, prompt), photos in zip(some, features, strict=True):
+                lesson = taught(policy, prompt, sample.label)
+                lesson.features = None if options.train_vision else (photos,)
+                lesson.sources = (f"{sample.sheet} row {sample.row}",)
+                lessons.append(lesson)
+    return lessons, failures
+
+
+def taught(policy: Policy, prompt: Prompt, label: Label) -> Experience:
+    """The label's answer to a prompt, as a group of one."""
+    ids = answer_ids(policy, prompt, label)[None].to(policy.device)  # (1, T)
+    zeros, yes = torch.zeros(ids.shape, device=policy.device), torch.ones(1, dtype=torch.bool, device=policy.device)
+    return Experience(ids, torch.ones_like(ids, dtype=torch.bool), zeros, None, zeros[:, 0], zeros[:, 0],
+                      torch.zeros_like(yes), (prompt,), taught=yes)
+
+
+def answer_ids(policy: Policy, prompt: Prompt, label: Label) -> Tensor:
+    """Tokenize a label's answer: (T,), the stop token included, which is the one that ends the prompt's own turn."""
+    ids = policy.tokenizer(write_answer(label), add_special_tokens=False)["input_ids"]
+    ends = prompt.input_ids[torch.isin(prompt.input_ids, policy.stop_ids.cpu())]
+    eos = policy.tokenizer.eos_token_id
+    stop = int(ends[-1]) if len(ends) else int(policy.stop_ids[0]) if eos is None else eos
+    return torch.tensor([*ids, stop])
+
+
+def with_label(item: Experience, policy: Policy, label: Label) -> Experience:
+    """Put the label's answer behind a product's sampled ones."""
+    item.taught = torch.zeros(len(item.rewards), dtype=torch.bool, device=policy.device)
+    joined = join_experiences([item, taught(policy, item.prompts[0], label)])
+    joined.prompts, joined.features, joined.sources = item.prompts, item.features, item.sources
+    return joined
+
+
+def check_lessons(policy: Policy, products: Sequence[Sample], max_length: int) -> None:
+    """Say what the longest lesson is; warn where no sampled answer could be as long."""
+    longest = max(products, key=lambda sample: len(write_answer(sample.label)))
+    answer = write_answer(longest.label)
+    count = len(policy.tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1
+    logger.info(f"supervised answers, the longest: {answer}, {count} tokens, of {longest.sheet} row {longest.row}")
+    if count > max_length:
+        logger.warning(f"--max_length {max_length} cuts sampled answers before they are as long: give {count} or more")
