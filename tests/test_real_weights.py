@@ -55,7 +55,8 @@ def test_the_model_answers_as_its_language_model_does(folder):
     policy = Policy(*load_minicpm(str(folder / "model")))
     llama, tokenizer = small_llama()
     prompt = policy.encode_prompt("mug, 12 cm", [])
-    text = "<|im_start|>user\nmug, 12 cm<|im_end|>\n<|im_start|>assistant\n"
+    text = (f"<|im_start|>system\n{smollm2.SYSTEM}<|im_end|>\n<|im_start|>user\nmug, 12 cm<|im_end|>\n"
+            "<|im_start|>assistant\n")
     assert policy.tokenizer.decode(prompt.input_ids) == text
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     assert torch.equal(ids[0], prompt.input_ids)
@@ -120,9 +121,10 @@ def test_the_run_of_the_demo_trains_and_compares(folder, tmp_path):
              "eval_path": folder / "held_out.xlsx", "output_dir": tmp_path / "run", "log_dir": tmp_path / "logs"}
     config = Path(demo.__file__).with_name("configs") / "demo_real.yaml"
     flags = [word for name, path in paths.items() for word in (f"--{name}", str(path))]
-    done = run_here("train_vlm_parallel.py", "--config", config, *flags, "--max_steps", 1, "--resume", "auto")
+    done = run_here("train_vlm_parallel.py", "--config", config, *flags, "--sft_steps", 1, "--max_steps", 2, "--resume",
+                    "auto")
     assert done.returncode == 0, done.stderr
-    done = run_here("run.py", "--checkpoint_path", tmp_path / "run/step_000001", "--num_samples", 2)
+    done = run_here("run.py", "--checkpoint_path", tmp_path / "run/step_000002", "--num_samples", 2)
     assert done.returncode == 0 and "within 10 %" in done.stdout
     assert (tmp_path / "run/compare/curve.svg").is_file()
 
