@@ -68,7 +68,7 @@ from ground.files import write_json, write_text
 from ground.options import check_options, parse_options, write_options
 from meter import processor_name
 from own_reward import Scorer
-from prompts import read_template
+from prompts import build_prompt, read_template
 from reward import SUCCESS_REWARD
 from run import read_curve
 from sheets.samples import Sample
@@ -125,10 +125,16 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def answers_of(name: str, model: TrainedModel, samples: Sequence[Sample], count: int, journal: Journal
+def text_of(asked: TrainOptions) -> str:
+    """The wording of a prompt without photos."""
+    return build_prompt("{text}", [], asked.prompt_language, read_template(asked.prompt_file))
+
+
+def answers_of(name: str, made_with: Any, model: TrainedModel, samples: Sequence[Sample], count: int, journal: Journal
                ) -> list[Record]:
-    """Answer products count times, but those that the journal has under this name."""
+    """Answer products count times, but those that the journal has under this name, made with the same."""
     encoder, records = model.encoder(), []
+    name = f"{name} ({hashlib.sha256(repr(made_with).encode()).hexdigest()[:8]})"
     rest = [sample for sample in samples if f"{name} row {sample.row}" not in journal.done]
     for chunk in in_chunks(encoder, rest, model.batch_size, name, len(samples) - len(rest)):
         found, failures = model.answer(encoder, chunk, count, 0)
@@ -162,7 +168,7 @@ def try_wordings(options: RealOptions, model: TrainedModel, products: Sequence[S
     for wording in ("en", "zh", *options.prompt):
         asked = ("en", wording) if wording in options.prompt else (wording, None)
         model.options = asked_otherwise(trained, *asked)
-        records = answers_of(f"wording {wording}", model, chosen, WORDING_ANSWERS, journal)
+        records = answers_of(f"wording {wording}", text_of(model.options), model, chosen, WORDING_ANSWERS, journal)
         found[wording] = summarise(records) | {"best": fmean(max(record.rewards) for record in records)}
     model.options = trained
     return found
@@ -206,14 +212,13 @@ def main(options: RealOptions) -> None:
     products, held_out = load_products(common)
     journal = Journal(folder / "answers.journal", {
         "held_out": hashlib.sha256(repr(held_out).encode()).hexdigest(), "num_samples": options.num_samples,
-        "model": weights_of(options.model_path), "wording": read_template(common.prompt_file), "trained": [
-            common.max_steps, options.sft_steps, common.prompt_language, common.temperature, common.max_length]})
+        "model": weights_of(options.model_path), "temperature": common.temperature, "max_length": common.max_length})
     results: dict[str, Any] = surroundings(options, held_out)
     model = open_trained(common, common.model_path, None, common.device, common.trust_remote_code,
                          Scorer(common.reward))
     if options.wordings:
         results["wordings"] = try_wordings(options, model, products, journal)
-    before = answers_of("before", model, held_out, options.num_samples, journal) if ways else []
+    before = answers_of("before", text_of(common), model, held_out, options.num_samples, journal) if ways else []
     del model  # one model in memory at a time
     if before:
         results["ways"]["before"] = figures(before, before)
@@ -222,7 +227,8 @@ def main(options: RealOptions) -> None:
         checkpoint = train(way, settings[way])
         model = open_trained(settings[way], "", str(checkpoint), common.device, common.trust_remote_code,
                              Scorer(common.reward))
-        records = answers_of(way, model, held_out, options.num_samples, journal)
+        made_with = weights_of(checkpoint), text_of(common)
+        records = answers_of(way, made_with, model, held_out, options.num_samples, journal)
         del model
         results["ways"][way] = figures(records, before) | {
             "cpu_seconds": json.loads((checkpoint.parent / "cpu_seconds.json").read_text()),

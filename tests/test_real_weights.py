@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from string import Formatter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ def test_the_benchmark_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, c
         started.append(Path(command[-1]).parent.name)
         return run_here(*command[1:]) if len(started) != 2 else subprocess.CompletedProcess(command, 4)
 
-    monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=run))
     options = bench.RealOptions(
         data_path=str(folder / "catalogue.xlsx"), model_path=str(folder / "model"), max_steps=2, sft_steps=1,
         eval_every=0, ways=("grpo", "both_lora"), lora_rank=4, output_dir=str(tmp_path / "bench"), wordings=2)
