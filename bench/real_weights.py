@@ -71,7 +71,7 @@ from own_reward import Scorer
 from prompts import build_prompt, read_template
 from reward import SUCCESS_REWARD
 from run import read_curve
-from sheets.samples import Sample
+from sheets.samples import DataError, Sample
 from train_vlm_parallel import load_products
 from training.trained import TrainedModel, asked_otherwise, open_trained
 
@@ -145,6 +145,8 @@ def answers_of(name: str, made_with: Any, model: TrainedModel, samples: Sequence
         answers = journal.done.get(f"{name} row {sample.row}", {}).get("answers", [])
         if answers:
             records.append(Record(sample, answers, [model.scorer(answer, sample) for answer in answers]))
+    if not records:
+        raise DataError("no product could be answered; see the warnings above")
     return records
 
 
@@ -155,9 +157,10 @@ def figures(records: Sequence[Record], before: Sequence[Record]) -> dict[str, An
         "success_rate": [fmean(reward >= SUCCESS_REWARD for reward in record.rewards) for record in records],
         "within_10": [fmean(within(part.errors, 0.1) for part in record.parts) for record in records]}
     known = {record.key: record for record in before}
+    both = [(known[record.key], record) for record in records if record.key in known]
     return summarise(records) | {
         "intervals": {name: bootstrap_interval(values) for name, values in by_product.items()},
-        "change": change([known[record.key] for record in records], records)}
+        "change": change(*zip(*both, strict=True))}
 
 
 def try_wordings(options: RealOptions, model: TrainedModel, products: Sequence[Sample], journal: Journal

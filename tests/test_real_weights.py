@@ -165,6 +165,8 @@ def test_the_benchmarks_figures_by_hand():
     assert found["intervals"]["within_10"] == (0.5, 1.0)
     assert found["intervals"]["mean_reward"] == pytest.approx((0.75, 0.9))
     assert found["change"]["mean"] == pytest.approx(0.375) and found["change"]["better"] == 2
+    fewer = bench.figures(records((1.0, 0.5), (0.9, 0.9)), records((0.5, 0.5)))  # one was not answered before
+    assert fewer["change"]["mean"] == pytest.approx(0.25) and fewer["mean_reward"] == found["mean_reward"]
 
 
 def test_the_benchmark_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, capsys):
