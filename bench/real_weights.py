@@ -86,12 +86,13 @@ def settings_of(way: str, options: RealOptions) -> TrainOptions:
     common = parse_options(TrainOptions, "", ["--config", options.run_config, "--data_path", options.data_path,
                                               "--eval_path", "null"])
     folder = Path(options.output_dir) / way
+    sft_steps = {"grpo": 0, "supervised": options.max_steps, "both": options.sft_steps}[method]
     settings = replace(
         common, data_path=options.data_path, column=options.column, sheet_name=options.sheet_name,
         encoding=options.encoding, eval_fraction=options.eval_fraction, model_path=options.model_path,
         max_steps=options.max_steps, eval_every=options.eval_every, output_dir=str(folder),
-        log_dir=str(folder / "curves"), resume="auto",
-        sft_steps={"grpo": 0, "supervised": options.max_steps, "both": options.sft_steps}[method])
+        log_dir=str(folder / "curves"), resume="auto", sft_steps=sft_steps,
+        sft_lr=common.sft_lr if sft_steps and not adapters else None)
     if adapters:
         settings = replace(settings, lora_rank=options.lora_rank, lr=options.lora_lr)
     check_options(settings)
