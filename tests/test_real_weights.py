@@ -4,7 +4,6 @@
 import json
 import subprocess
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from string import Formatter
 from types import SimpleNamespace
@@ -170,23 +169,38 @@ def test_the_benchmarks_figures_by_hand():
 
 
 def test_the_benchmark_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, capsys):
-    started = []
+    ends = [4, 0]  # the first time training is killed
 
     def run(command):
-        started.append(Path(command[-1]).parent.name)
-        return run_here(*command[1:]) if len(started) != 2 else subprocess.CompletedProcess(command, 4)
+        status = ends.pop(0)
+        return run_here(*command[1:]) if status == 0 else subprocess.CompletedProcess(command, status)
 
     monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=run))
     options = bench.RealOptions(
         data_path=str(folder / "catalogue.xlsx"), model_path=str(folder / "model"), max_steps=2, sft_steps=1,
-        eval_every=0, ways=("grpo", "both_lora"), lora_rank=4, output_dir=str(tmp_path / "bench"), wordings=2)
+        eval_every=0, ways=("both_lora",), lora_rank=4, output_dir=str(tmp_path / "bench"), wordings=2)
     with pytest.raises(OptionError, match="both_lora: training ended with status 4"):
         bench.main(options)
     bench.main(options)
-    assert started == ["grpo", "both_lora", "both_lora"]
     results = json.loads((tmp_path / "bench/real_weights.json").read_text())
-    assert [*results["ways"]] == ["before", "grpo", "both_lora"] and [*results["wordings"]] == ["en", "zh"]
+    assert [*results["ways"]] == ["before", "both_lora"] and [*results["wordings"]] == ["en", "zh"]
     assert all(way["products"] == results["held_out"] for way in results["ways"].values())
     assert (tmp_path / "bench/real_weights.svg").is_file() and "| both_lora |" in capsys.readouterr().out
+    lines = (tmp_path / "bench/answers.journal").read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 1 + 2 * 2 + 2 * results["held_out"]  # nothing was answered twice
+    last = bench.train("both_lora", bench.settings_of("both_lora", options))  # nor is it trained again
+    assert last == tmp_path / "bench/both_lora/step_000002" and not ends
+
+
+def test_ways_that_are_not_known_are_named():
     with pytest.raises(OptionError, match="--ways dpo: known are grpo, supervised"):
-        bench.main(replace(options, ways=("dpo",)))
+        bench.settings_of("dpo", bench.RealOptions())
+
+
+def test_each_way_takes_its_own_steps_and_rates(folder):
+    options = bench.RealOptions(data_path=str(folder / "catalogue.xlsx"), max_steps=9, sft_steps=4)
+    found = {way: bench.settings_of(way, options) for way in options.ways}
+    assert {way: (one.sft_steps, one.lr, one.sft_lr, one.lora_rank) for way, one in found.items()} == {
+        "grpo": (0, 2e-5, None, None), "supervised": (9, 2e-5, 4e-5, None), "both": (4, 2e-5, 4e-5, None),
+        "grpo_lora": (0, 2e-4, None, 16), "supervised_lora": (9, 2e-4, None, 16), "both_lora": (4, 2e-4, None, 16)}
+    assert all(one.eval_path is None and one.eval_fraction == 0.3 for one in found.values())
