@@ -396,6 +396,9 @@ class DemoOptions:
     """What to make"""
 
     output_dir: str = option("demo", "folder for model, sheets and photos")
+    real: bool = option(
+        False, "real language weights from a package (examples/requirements.txt) under a small vision tower, and "
+               "product texts that name their sizes, instead of a tiny model and drawings")
     products: int = option(800, "products to train on", within="(0, inf)")
     held_out: int = option(96, "products held out", within="(0, inf)")
     warm_up_steps: int = option(550, "steps of the warm-up before GRPO", within="(0, inf)")

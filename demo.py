@@ -2,6 +2,7 @@
 
     python demo.py                                      # writes demo/, about a minute on one core; then cached
     python train_vlm_parallel.py --config configs/demo.yaml     # GRPO on it
+    python demo.py --real --output_dir demo_real        # or real language weights, and product texts without photos
 
 A product's text names its category and the spacing of the measuring grid (5, 10 or 20 cm); its two photos show it
 from the front and from the side on that grid. Size = grid cells x spacing: neither text nor photos are enough.
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from config import DemoOptions
 from evidence.report import write_sheet
+from examples import product_texts, smollm2
 from ground.commands import TIMED, log_to_console
 from ground.files import whole_folder
 from models.family import Prompt
@@ -226,8 +228,9 @@ def write_catalogue(folder: Path, name: str, products: Iterator[Product], rng: r
 
 
 def fingerprint(options: DemoOptions) -> str:
-    """Tell whether what lies in the folder was made by this file with these options."""
-    return hashlib.sha256(Path(__file__).read_bytes() + repr(options).encode()).hexdigest()
+    """Tell whether what lies in the folder was made by this code with these options."""
+    files = [__file__, *([product_texts.__file__, smollm2.__file__] if options.real else [])]
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files) + repr(options).encode()).hexdigest()
 
 
 def make_demo(options: DemoOptions) -> Path:
@@ -239,13 +242,21 @@ def make_demo(options: DemoOptions) -> Path:
         logger.info(f"{final}/ is up to date")
         return final
     with whole_folder(final) as folder:
-        reached = fill_folder(folder, options)
-    logger.info(f"made {final}/: sampled reward {reached:.3f} before GRPO")
+        what = fill_real_folder(folder, options) if options.real else fill_folder(folder, options)
+        (folder / "made_by").write_text(fingerprint(options))
+    logger.info(f"made {final}/: {what}")
     return final
 
 
-def fill_folder(folder: Path, options: DemoOptions) -> float:
-    """Write sheets, photos, prompt and model; returns the mean reward that the model's sampled answers earn."""
+def fill_real_folder(folder: Path, options: DemoOptions) -> str:
+    """Write real language weights under a small vision tower and sheets of product texts; says what was made."""
+    product_texts.write_sheets(folder, options.products, options.held_out, options.seed)
+    smollm2.save_model(folder / "model", options.seed)
+    return f"real language weights, {options.products} product texts, {options.held_out} held out"
+
+
+def fill_folder(folder: Path, options: DemoOptions) -> str:
+    """Write sheets, photos, prompt and model; says what reward the model's sampled answers earn."""
     rng = random.Random(f"catalogue/{options.seed}")
     for name, count in (("catalogue", options.products), ("held_out", options.held_out)):
         write_catalogue(folder, name, (draw_product(rng) for _ in range(count)), rng)
@@ -256,8 +267,7 @@ def fill_folder(folder: Path, options: DemoOptions) -> float:
     reached = warm_up(policy, options)
     for part in (model, tokenizer, processor):
         part.save_pretrained(folder / "model")
-    (folder / "made_by").write_text(fingerprint(options))
-    return reached
+    return f"sampled reward {reached:.3f} before GRPO"
 
 
 def main(options: DemoOptions) -> None:

@@ -46,6 +46,13 @@ def _status(field: str) -> float:
     raise OSError(f"/proc/self/status has no {field}: memory can only be measured on Linux")
 
 
+def processor_name() -> str:
+    """What the kernel calls the processor; empty where it doesn't say."""
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+             if line.startswith("model name")]
+    return names[0] if names else ""
+
+
 class Meter:
     """Charge CPU seconds, and memory peaks if asked for, to the innermost open phase; outside all of them, "train"."""
 

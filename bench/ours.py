@@ -31,7 +31,8 @@ def make_run(options: TrainOptions, template: str | None = TEMPLATE) -> Run:
     policy, reference, shares_vision = load_models(options, None)
     parameters = set_trainable(policy, options.train_vision)
     learner = make_learner(policy, parameters, options)
-    return Run(learner, reference, shares_vision, PromptEncoder(policy, template=template), Scorer(), None, [], [])
+    return Run(learner, learner, reference, shares_vision, PromptEncoder(policy, template=template), Scorer(), None, [],
+               [])  # no supervised steps here
 
 
 def our_step(run: Run, options: TrainOptions, step: int, meter: Meter, rewards: Sequence[float] | None = None

@@ -55,7 +55,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 import torch
 
 from cases import ANSWER_TOKENS, QUICK, Case, cases_named, make_sample, write_model
-from meter import Meter, keep_memory, resident, return_memory, trim
+from meter import Meter, keep_memory, processor_name, resident, return_memory, trim
 from ours import make_run, measured_step, reference_log_probs, step_options
 from rollout import Group
 from sheets.samples import Sample, load_photos
@@ -242,10 +242,8 @@ def growth(results: list[dict[str, Any]]) -> list[str]:
 def surroundings(options: StepOptions) -> dict[str, Any]:
     """Date, versions, settings."""
     packages = ["torch", "transformers"] + ([] if options.no_trl else ["trl", "accelerate", "datasets"])
-    processor = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")]
     return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "python": sys.version.split()[0],
-            "versions": {name: version(name) for name in packages}, "processor": processor[0] if processor else "",
+            "versions": {name: version(name) for name in packages}, "processor": processor_name(),
             "settings": SETTINGS, "options": asdict(options)}
 
 

@@ -24,6 +24,7 @@ WINGS = {
     "the algorithm": ["prompts", "reward", "own_reward", "replay_buffer", "loss", "rollout", "update"],
     "evidence": ["measures", "journal", "evaluation", "comparison", "report", "charts", "page"],
     "training": ["provenance", "checkpoint", "trained", "setup", "guard", "preflight", "curves", "lessons"],
+    "examples": ["product_texts", "smollm2"],
     "the commands": ["check_data", "check_reward", "download_images", "demo", "export", "test_model", "run",
                      "train_vlm_parallel"],
     "app": ["refusals", "metrics", "waiting", "crew", "engines", "door", "intake", "results", "bulk", "chat", "page",

@@ -16,6 +16,11 @@ def test_both_languages_ask_for_the_json_object(language):
         assert ("3" in prompt.splitlines()[0]) == bool(images)
 
 
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_wording_has_no_number_that_an_answer_could_copy(language):
+    assert not any(sign.isdigit() for sign in build_prompt("", [], language))
+
+
 def test_chinese_is_the_default():
     assert build_prompt("杯子", []) == build_prompt("杯子", [], "zh") != build_prompt("杯子", [], "en")
 
