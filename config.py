@@ -63,7 +63,9 @@ class ModelOptions:
     sharding: Literal["none", "fsdp"] = option(
         "none", "with several processes, none: each holds all weights and gradients; fsdp: each holds its share of "
                 "them")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "compute dtype; trainable weights stay float32")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "compute dtype; trainable weights stay float32; auto takes bfloat16 on a GPU that has it, else "
+                "float32; on a GPU products of float32 matrices are taken in TF32")
     num_threads: int | None = option(None, "CPU threads for torch; default: torch's own choice", within="(0, inf)")
 
 

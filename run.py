@@ -34,6 +34,7 @@ from evidence.report import change_lines, confidence_line, summary_table, tables
 from ground.errors import OptionError
 from ground.files import write_json, write_text
 from ground.options import sheet_options
+from models.loading import settle_dtype
 from models.lora import is_adapter
 from models.weights import check_files
 from own_reward import Scorer
@@ -232,7 +233,7 @@ def training_options(options: CompareOptions) -> TrainOptions:
         trained = TrainOptions()
         if not options.model_path:
             raise OptionError("--model_path is missing: without options.yaml the model before is unknown")
-    return trained
+    return settle_dtype(trained, options.device)
 
 
 def choose_samples(options: CompareOptions, trained: TrainOptions) -> list[Sample]:

@@ -28,6 +28,7 @@ from evidence.evaluation import in_chunks
 from evidence.journal import Journal, weights_of
 from evidence.report import answer_line, sizes_text, write_sheet
 from ground.options import sheet_options
+from models.loading import settle_dtype
 from reward import RewardParts
 from sheets.columns import header_rows
 from sheets.fetch import fetch, make_session
@@ -54,6 +55,7 @@ def open_model(options: AnswerOptions) -> TrainedModel:
     if trained is None:
         logger.info("no options.yaml with this model: default prompt and photo budget")
     trained = asked_otherwise(trained or TrainOptions(), options.prompt_language, options.prompt_file)
+    trained = settle_dtype(trained, options.device)
     scorer = scorer_of(trained, options.reward, options.trust_remote_code)
     return open_trained(trained, options.model_path, options.checkpoint_path, options.device,
                         options.trust_remote_code, scorer, options.eval_batch_size)

@@ -33,8 +33,9 @@ from tqdm import tqdm
 from config import TrainOptions
 from evidence.evaluation import Record, evaluate, summarise
 from ground.errors import OptionError
-from ground.options import write_options
+from ground.options import check_reference, write_options
 from loss import group_advantages
+from models.loading import settle_dtype
 from models.policy import Policy
 from models.processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
 from models.sharding import (
@@ -99,7 +100,10 @@ class Run:
 
 def train(options: TrainOptions) -> Path | None:
     """Train from the start (or --resume) to max_steps; returns the last checkpoint's folder."""
-    run = prepare(options, join(options.device))
+    processes = join(options.device)
+    options = settle_dtype(options, options.device)
+    check_reference(options)  # which knows only now whether the reference policy is held in bfloat16
+    run = prepare(options, processes)
     per_step = options.batch_size * run.processes.world
     bar = tqdm(total=options.max_steps * per_step, initial=run.start * per_step, unit="product",
                disable=None if run.processes.main else True, dynamic_ncols=True)

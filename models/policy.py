@@ -25,6 +25,7 @@ from models.head import Logits, compute_dtype, distribution, token_log_probs
 from models.loading import (
     DTYPES,
     choose_device,
+    choose_dtype,
     family_of,
     fitting_names,
     load_minicpm,
@@ -113,6 +114,11 @@ class Policy:
         self.adapter: Any = None  # peft's wrapper around the model, when low-rank adapters are in it
         self._adapter_off = False
         self.sampled_together = PassSize()
+
+    @property
+    def rounds(self) -> bool:
+        """Whether products of matrices are rounded more coarsely than float32 is: in bfloat16, or in a GPU's TF32."""
+        return self.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
 
     def add_adapter(self, rank: int, alpha: int | None, base_path: str) -> None:
         """Put a new adapter on every linear layer of the language model; alpha None: 2 * rank."""
@@ -376,9 +382,10 @@ def load_policy(model_path: str, options: TrainOptions, device: str, trust_remot
     at_birth: done to the model before its weights are read, see family.AtBirth; gives its root where it splits it.
     trains False: never, so nothing is checkpointed.
     """
-    dtype, roots = DTYPES[options.dtype], []
+    target, roots = choose_device(device), []
+    dtype = DTYPES[choose_dtype(options.dtype, target)]
     model, tokenizer, image_processor = load_minicpm(
         model_path, dtype if options.lora_rank else torch.float32, trust_remote_code, options.quantize,
         at_birth and (lambda model: roots.append(at_birth(model))))
-    return Policy(model.to(choose_device(device)), tokenizer, image_processor, dtype, options.max_slice_nums,
+    return Policy(model.to(target), tokenizer, image_processor, dtype, options.max_slice_nums,
                   options.max_pixels, options.exact_path, options.gradient_checkpointing and trains, *roots)
