@@ -147,7 +147,7 @@ def answer_sheet(options: AnswerOptions, model: TrainedModel | None = None) -> N
 
 def answer_rest(model: TrainedModel, samples: Sequence[Sample], journal: Journal, options: AnswerOptions) -> None:
     """Answer the products that the journal lacks, noting each few of them as they are done."""
-    encoder = model.encoder()
+    encoder = model.encoder(options.workers)
     rest = [replace(sample, by_content=True) for sample in samples if sample.row not in journal.done]
     for chunk in in_chunks(encoder, rest, options.eval_batch_size, "answering", len(samples) - len(rest)):
         records, failures = model.answer(encoder, chunk, options.num_samples, options.seed,
@@ -185,7 +185,7 @@ def rows_with_answers(data_path: Path, sheet: SheetOptions, done: Mapping[int, d
 
 def made_with(options: AnswerOptions, trained: TrainOptions) -> dict[str, Any]:
     """What the answers of a sheet depend on: a journal made with anything else is not gone on from."""
-    free = {"eval_batch_size", "num_threads", "device", "image_cache_dir", "output_path"}
+    free = {"eval_batch_size", "num_threads", "device", "workers", "image_cache_dir", "output_path"}
     return {"options": {name: value for name, value in asdict(options).items() if name not in free},
             "trained": asdict(trained), "sheet": hashlib.sha256(Path(str(options.data_path)).read_bytes()).hexdigest(),
             "weights": weights_of(options.checkpoint_path or options.model_path)}

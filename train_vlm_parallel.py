@@ -37,6 +37,7 @@ from ground.options import check_reference, write_options
 from loss import group_advantages
 from models.loading import settle_dtype
 from models.policy import Policy
+from models.preparing import worker_count
 from models.processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
 from models.sharding import (
     gathered,
@@ -275,8 +276,11 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     policy, reference, shares_vision = load_models(options, resume_from, processes)
     parameters = set_trainable(policy, options.train_vision)
     logger.info(f"what trains:\n{parameter_table(policy)}")
+    workers = worker_count(options.workers, policy.device)
     encoder = PromptEncoder(policy, options.prompt_language, read_template(options.prompt_file),
-                            options.prompt_cache_mb, options.max_prompt_length)
+                            options.prompt_cache_mb, options.max_prompt_length, workers=workers)
+    if workers:
+        logger.info(f"photos are prepared in {workers} worker processes")
     if not options.exact_path:
         check_fast_path(policy, reference, shares_vision, encoder, products, options, processes)
     idle = None

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from config import TrainOptions
 from models import lora, shared_prefix
 from models.decoding import PackedWriter, PlainWriter
-from models.family import ModelError, Prompt
+from models.family import ModelError, Prompt, PromptParts
 from models.head import Logits, compute_dtype, distribution, token_log_probs
 from models.loading import (
     DTYPES,
@@ -179,8 +179,11 @@ class Policy:
 
     def encode_prompt(self, text: str, photos: Sequence[Any]) -> Prompt:
         """Prepare a prompt text and its photos (CPU tensors)."""
-        return self.family.encode_prompt(self.tokenizer, self.image_processor, text, photos, self.max_slice_nums,
-                                         self.max_pixels)
+        return self.prompt_parts().encode_prompt(text, photos)
+
+    def prompt_parts(self) -> PromptParts:
+        """What prompts are made with: all that a process needs to prepare them."""
+        return PromptParts(self.family, self.tokenizer, self.image_processor, self.max_slice_nums, self.max_pixels)
 
     def photo_features(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
         """Encode the photos of some prompts: per prompt (photo tokens, width), or None without photos."""
