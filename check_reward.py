@@ -80,6 +80,7 @@ def examine(options: CheckRewardOptions) -> str:
 
     from config import TrainOptions
     from evidence.evaluation import in_chunks
+    from models.loading import settle_dtype
     from sheets.samples import load_samples, require_usable, summarise_problems
     from training.trained import asked_otherwise, open_trained, options_of, scorer_of
 
@@ -87,6 +88,7 @@ def examine(options: CheckRewardOptions) -> str:
         torch.set_num_threads(options.num_threads)
     trained = asked_otherwise(options_of(options.model_path) or TrainOptions(), options.prompt_language,
                               options.prompt_file, options.temperature, options.max_length)
+    trained = settle_dtype(trained, options.device)
     scorer = scorer_of(trained, options.reward, options.trust_remote_code)
     cache = options.image_cache_dir or trained.image_cache_dir
     samples, problems = load_samples(options.data_path, cache, trained.missing_photos, reading=options,

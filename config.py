@@ -12,6 +12,8 @@ REWARD = ("a reward of your own, file.py:function, or file.py:function:weight; r
 REWARD_AGAIN = "score with this reward (see train_vlm_parallel.py --help); default: the one of the training run"
 TRUST_REMOTE_CODE = ("run the Python files that come with the model, with your rights; MiniCPM-o and the MiniCPM-V "
                      "before 4.6 need it")
+WORKERS = ("processes that prepare photos ahead of the model and hold none of it; starting them takes some 5 CPU "
+           "seconds; 0: a thread of this process; default: 0 on a CPU, on a GPU one a CPU core but one, 8 at most")
 
 
 def option(default: Any, text: str, within: str = "", positional: bool = False) -> Any:
@@ -63,7 +65,9 @@ class ModelOptions:
     sharding: Literal["none", "fsdp"] = option(
         "none", "with several processes, none: each holds all weights and gradients; fsdp: each holds its share of "
                 "them")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "compute dtype; trainable weights stay float32")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "compute dtype; trainable weights stay float32; auto takes bfloat16 on a GPU that has it, else "
+                "float32; on a GPU products of float32 matrices are taken in TF32")
     num_threads: int | None = option(None, "CPU threads for torch; default: torch's own choice", within="(0, inf)")
 
 
@@ -144,7 +148,9 @@ class RolloutOptions:
     rollout_batch_size: int = option(
         4, "products sampled together, halved where memory runs out; more is faster", within="(0, inf)")
     prompt_cache_mb: int = option(
-        512, "host memory for prepared prompts and photos, kept or ahead of time, in MiB", within="[0, inf)")
+        512, "host memory for prepared prompts and photos, kept or ahead of time, in MiB; five photos of 800 x 800 "
+             "pixels take about 60", within="[0, inf)")
+    workers: int | None = option(None, WORKERS, within="[0, inf)")
 
 
 @dataclass
@@ -291,6 +297,7 @@ class CompareOptions(SheetOptions):
         0.2, "share of wrong answers at most among those to be accepted without review", within="(0, 1)")
     max_products: int | None = option(None, "look at the first so many products only", within="(0, inf)")
     eval_batch_size: int = option(8, "products answered together; halved when memory runs out", within="(0, inf)")
+    workers: int | None = option(None, WORKERS, within="[0, inf)")
     seed: int = option(0, "seed of the sampled answers", within="[0, inf)")
     output_dir: str | None = option(
         None, "where compare.html, .xlsx and .json go; default: compare/ beside the checkpoint")
@@ -321,6 +328,7 @@ class AnswerOptions(SheetOptions):
     prompt_language: Literal["zh", "en"] | None = option(None, "wording of the prompt; default: as in training")
     prompt_file: str | None = option(None, "your own wording; default: as in training")
     eval_batch_size: int = option(8, "products answered together; halved when memory runs out", within="(0, inf)")
+    workers: int | None = option(None, WORKERS, within="[0, inf)")
     seed: int = option(0, "seed of the sampled answers", within="[0, inf)")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
     num_threads: int | None = option(None, "CPU threads for torch", within="(0, inf)")

@@ -6,8 +6,8 @@ Nothing here invents an answer: a product that can't be rolled out becomes a Rol
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from ground.errors import UserError
-from models.family import Prompt
+from models.family import Prompt, PromptParts
 from models.policy import Generation, Policy
+from models.preparing import Preparer
 from prompts import build_prompt
 from reward import RewardParts, score_answer
 from sheets.samples import PhotoError, Sample, load_photos
@@ -79,28 +80,62 @@ _PROCESSOR_ERRORS = (ValueError, TypeError, LookupError, AttributeError, Asserti
                      OSError, MemoryError)
 
 
+@dataclass(frozen=True)
+class PromptMaker:
+    """Make a product's prompt. Needs no model: a worker process has one with the policy's parts in its place."""
+
+    parts: Policy | PromptParts
+    language: str = "zh"
+    template: str | None = None
+    max_prompt_length: int | None = None
+    open_photos: Callable[[Sample], list[Image.Image]] = load_photos
+
+    def __call__(self, sample: Sample) -> Prompt:
+        """Drop whole photos from the end until the prompt fits: a cut through a photo's tokens would break it."""
+        photos = self.open_photos(sample)
+        limit = self.max_prompt_length
+        prompt = self.encode_parts(sample.text, photos)
+        kept = len(photos)
+        while limit and len(prompt.input_ids) > limit and kept:
+            kept -= 1
+            prompt = self.encode_parts(sample.text, photos[:kept])
+        if limit and len(prompt.input_ids) > limit:
+            raise PromptTooLong(f"the text alone makes {len(prompt.input_ids)} tokens, max_prompt_length is {limit}")
+        if kept < len(photos):
+            logger.warning(f"{sample.sheet} row {sample.row} ({sample.product_id}): {kept} of {len(photos)} photos "
+                           f"used, for max_prompt_length {limit}")
+        return replace(prompt, num_photos=kept)
+
+    def encode_parts(self, text: str, photos: Sequence[Any]) -> Prompt:
+        """Prepare a prompt from a text and opened photos; raises PromptError for what the processor raises."""
+        try:
+            return self.parts.encode_prompt(build_prompt(text, photos, self.language, self.template), photos)
+        except UserError:
+            raise
+        except _PROCESSOR_ERRORS as problem:
+            raise PromptError(f"the model's processor fails on it: {type(problem).__name__}: {problem}") from problem
+
+
 class PromptEncoder:
     """Turn samples into prompts, keeping recent ones: least recently used go first beyond cache_mb.
 
-    One thread prepares all of them: the code of an image processor may bear no second one. prefetch() prepares those to
-    come while the model computes; they count towards cache_mb, too. Ask from one thread only.
+    prefetch() prepares those to come while the model computes, on a thread or in worker processes (preparing.py); they
+    count towards cache_mb, too. Ask from one thread only.
     """
 
     def __init__(self, policy: Policy, language: str = "zh", template: str | None = None, cache_mb: int = 512,
                  max_prompt_length: int | None = None,
-                 open_photos: Callable[[Sample], list[Image.Image]] = load_photos):
+                 open_photos: Callable[[Sample], list[Image.Image]] = load_photos, workers: int = 0):
         self.policy = policy
-        self.language = language
         self.template = template
-        self.max_prompt_length = max_prompt_length
-        self.open_photos = open_photos
+        self._make = PromptMaker(policy, language, template, max_prompt_length, open_photos)
+        self._preparer = Preparer(self._make, policy.prompt_parts, workers, pinned=policy.device.type == "cuda")
         self._limit = cache_mb * 2 ** 20
         self._held: OrderedDict[Sample, Prompt] = OrderedDict()
         self._bytes = 0  # of what is held
         self._wanted: dict[Sample, None] = {}  # to be prepared ahead, in this order, when there is room
         self._coming: dict[Sample, Future[Prompt]] = {}
         self._largest = 0  # bytes of a prompt so far
-        self._worker = ThreadPoolExecutor(1, "prompts")
 
     def prefetch(self, samples: Sequence[Sample]) -> None:
         """Begin to prepare the prompts of samples that encode() will be asked for; what fails is raised there."""
@@ -121,7 +156,7 @@ class PromptEncoder:
             self._held.move_to_end(sample)
             return self._held[sample]
         self._wanted.pop(sample, None)
-        coming = self._coming.pop(sample, None) or self._worker.submit(self._encode_within_limit, sample)
+        coming = self._coming.pop(sample, None) or self._preparer.submit(sample)
         prompt = coming.result()
         self._largest = max(self._largest, prompt.num_bytes)
         self._held[sample] = prompt
@@ -140,7 +175,7 @@ class PromptEncoder:
         while self._wanted and self._has_room():
             sample = next(iter(self._wanted))
             del self._wanted[sample]
-            self._coming[sample] = self._worker.submit(self._encode_within_limit, sample)
+            self._coming[sample] = self._preparer.submit(sample)
         while self._held and self._bytes + self._bytes_coming() > self._limit:
             self.forget([next(iter(self._held))])
 
@@ -153,30 +188,9 @@ class PromptEncoder:
         """Bytes of the prompts prepared ahead; one that is not done yet counts as the largest so far."""
         return sum(_bytes_of(coming) if coming.done() else self._largest for coming in self._coming.values())
 
-    def _encode_within_limit(self, sample: Sample) -> Prompt:
-        """Drop whole photos from the end until the prompt fits: a cut through a photo's tokens would break it."""
-        photos = self.open_photos(sample)
-        limit = self.max_prompt_length
-        prompt = self.encode_parts(sample.text, photos)
-        kept = len(photos)
-        while limit and len(prompt.input_ids) > limit and kept:
-            kept -= 1
-            prompt = self.encode_parts(sample.text, photos[:kept])
-        if limit and len(prompt.input_ids) > limit:
-            raise PromptTooLong(f"the text alone makes {len(prompt.input_ids)} tokens, max_prompt_length is {limit}")
-        if kept < len(photos):
-            logger.warning(f"{sample.sheet} row {sample.row} ({sample.product_id}): {kept} of {len(photos)} photos "
-                           f"used, for max_prompt_length {limit}")
-        return prompt
-
     def encode_parts(self, text: str, photos: Sequence[Any]) -> Prompt:
         """Prepare a prompt from a text and opened photos; raises PromptError for what the processor raises."""
-        try:
-            return self.policy.encode_prompt(build_prompt(text, photos, self.language, self.template), photos)
-        except UserError:
-            raise
-        except _PROCESSOR_ERRORS as problem:
-            raise PromptError(f"the model's processor fails on it: {type(problem).__name__}: {problem}") from problem
+        return self._make.encode_parts(text, photos)
 
 
 def _bytes_of(prepared: Future[Prompt]) -> int:

@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from evidence.report import change_lines, confidence_line, summary_table, tables
 from ground.errors import OptionError
 from ground.files import write_json, write_text
 from ground.options import sheet_options
+from models.loading import settle_dtype
 from models.lora import is_adapter
 from models.weights import check_files
 from own_reward import Scorer
@@ -96,12 +98,13 @@ def answers_of_run(options: CompareOptions, trained: TrainOptions, samples: Sequ
     model = open_trained(trained, before_path, None, options.device, options.trust_remote_code, scorer,
                          options.eval_batch_size)
     check_weights(model, before_path, options)
-    yield Answers("before", "before", before_path, *answer("before", model, model.encoder(), samples, options, journal))
+    yield Answers("before", "before", before_path,
+                  *answer("before", model, model.encoder(options.workers), samples, options, journal))
     model.policy.load_weights(options.checkpoint_path)
     yield Answers("after", "after", options.checkpoint_path,
-                  *answer("after", model, model.encoder(), samples, options, journal))
+                  *answer("after", model, model.encoder(options.workers), samples, options, journal))
     if options.ablate:
-        for name, (encoder, others) in ablations(samples, model.encoder).items():
+        for name, (encoder, others) in ablations(samples, partial(model.encoder, options.workers)).items():
             left_out = len(samples) - len(others)
             notes = (f"{left_out} of {len(samples)} products left out: they have no photos, or no other product has "
                      "other ones",) if left_out else ()
@@ -132,7 +135,7 @@ def answers_of_also(options: CompareOptions, trained: TrainOptions, samples: Seq
                              options.eval_batch_size)
         for note in notes:
             logger.warning(f"{path}: {note}")
-        sampled, greedy = answer(name, model, model.encoder(), samples, options, journal)
+        sampled, greedy = answer(name, model, model.encoder(options.workers), samples, options, journal)
         del model  # one model in memory at a time
         yield Answers(name, "also", path, sampled, greedy, notes)
 
@@ -232,7 +235,7 @@ def training_options(options: CompareOptions) -> TrainOptions:
         trained = TrainOptions()
         if not options.model_path:
             raise OptionError("--model_path is missing: without options.yaml the model before is unknown")
-    return trained
+    return settle_dtype(trained, options.device)
 
 
 def choose_samples(options: CompareOptions, trained: TrainOptions) -> list[Sample]:

@@ -28,6 +28,7 @@ from evidence.evaluation import in_chunks
 from evidence.journal import Journal, weights_of
 from evidence.report import answer_line, sizes_text, write_sheet
 from ground.options import sheet_options
+from models.loading import settle_dtype
 from reward import RewardParts
 from sheets.columns import header_rows
 from sheets.fetch import fetch, make_session
@@ -54,6 +55,7 @@ def open_model(options: AnswerOptions) -> TrainedModel:
     if trained is None:
         logger.info("no options.yaml with this model: default prompt and photo budget")
     trained = asked_otherwise(trained or TrainOptions(), options.prompt_language, options.prompt_file)
+    trained = settle_dtype(trained, options.device)
     scorer = scorer_of(trained, options.reward, options.trust_remote_code)
     return open_trained(trained, options.model_path, options.checkpoint_path, options.device,
                         options.trust_remote_code, scorer, options.eval_batch_size)
@@ -145,7 +147,7 @@ def answer_sheet(options: AnswerOptions, model: TrainedModel | None = None) -> N
 
 def answer_rest(model: TrainedModel, samples: Sequence[Sample], journal: Journal, options: AnswerOptions) -> None:
     """Answer the products that the journal lacks, noting each few of them as they are done."""
-    encoder = model.encoder()
+    encoder = model.encoder(options.workers)
     rest = [replace(sample, by_content=True) for sample in samples if sample.row not in journal.done]
     for chunk in in_chunks(encoder, rest, options.eval_batch_size, "answering", len(samples) - len(rest)):
         records, failures = model.answer(encoder, chunk, options.num_samples, options.seed,
@@ -183,7 +185,7 @@ def rows_with_answers(data_path: Path, sheet: SheetOptions, done: Mapping[int, d
 
 def made_with(options: AnswerOptions, trained: TrainOptions) -> dict[str, Any]:
     """What the answers of a sheet depend on: a journal made with anything else is not gone on from."""
-    free = {"eval_batch_size", "num_threads", "device", "image_cache_dir", "output_path"}
+    free = {"eval_batch_size", "num_threads", "device", "workers", "image_cache_dir", "output_path"}
     return {"options": {name: value for name, value in asdict(options).items() if name not in free},
             "trained": asdict(trained), "sheet": hashlib.sha256(Path(str(options.data_path)).read_bytes()).hexdigest(),
             "weights": weights_of(options.checkpoint_path or options.model_path)}

@@ -35,9 +35,11 @@ from tqdm import tqdm
 from config import TrainOptions
 from evidence.evaluation import Record, blank_photos, evaluate, summarise
 from ground.errors import OptionError
-from ground.options import write_options
+from ground.options import check_reference, write_options
 from loss import VLM_GRPOLoss, decoupled_advantages, group_advantages
+from models.loading import settle_dtype
 from models.policy import Policy
+from models.preparing import worker_count
 from models.processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
 from models.sharding import (
     gathered,
@@ -113,7 +115,10 @@ class Run:
 
 def train(options: TrainOptions) -> Path | None:
     """Train from the start (or --resume) to max_steps; returns the last checkpoint's folder."""
-    run = prepare(options, join(options.device))
+    processes = join(options.device)
+    options = settle_dtype(options, options.device)
+    check_reference(options)  # which knows only now whether the reference policy is held in bfloat16
+    run = prepare(options, processes)
     per_step = options.batch_size * run.processes.world
     bar = tqdm(total=options.max_steps * per_step, initial=run.start * per_step, unit="product",
                disable=None if run.processes.main else True, dynamic_ncols=True)
@@ -313,9 +318,12 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     policy, reference, shares_vision = load_models(options, resume_from, processes)
     parameters = set_trainable(policy, options.train_vision)
     logger.info(f"what trains:\n{parameter_table(policy)}")
+    workers = worker_count(options.workers, policy.device)
     asking = (policy, options.prompt_language, read_template(options.prompt_file), options.prompt_cache_mb,
               options.max_prompt_length)
-    encoder = PromptEncoder(*asking)
+    encoder = PromptEncoder(*asking, workers=workers)
+    if workers:
+        logger.info(f"photos are prepared in {workers} worker processes")
     if not options.exact_path:
         check_fast_path(policy, reference, shares_vision, encoder, products, options, processes)
     if options.sft_steps or options.sft_weight:

@@ -68,7 +68,7 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
     done = skipped = 0
     parts = learner.processes.most(buffer.parts(options.minibatch_size))  # fewer here: each is smaller, none is missing
     minibatches = list(buffer.minibatches(options.epochs, parts, f"{options.seed}/{step}"))
-    if len(minibatches) > 1 and learner.policy.dtype != torch.float32:
+    if len(minibatches) > 1 and learner.policy.rounds:
         first = renew_old_log_probs(learner, buffer.items, options)
     for index, minibatch in enumerate(minibatches):
         learner.optimizer.zero_grad(set_to_none=True)
@@ -234,7 +234,7 @@ def accumulate(learner: Learner, minibatch: Sequence[Experience], options: Train
             gap = torch.maximum(gap, largest_gap(log_probs.detach(), batch))
             share = objective.mask(batch).sum() / tokens
             sums["first_ratio"] += objective.mean_ratio(log_probs.detach(), batch) * share
-            if on_policy and policy.dtype != torch.float32:
+            if on_policy and policy.rounds:
                 batch.old_log_probs = log_probs.detach()
             terms = objective.terms(log_probs, batch, entropy, blind)
             loss = terms.total_loss * (objective.size(batch) / size)

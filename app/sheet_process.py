@@ -67,7 +67,7 @@ class RemoteModel:
     def __init__(self, trained: TrainOptions, line: Line):
         self.options, self._line = trained, line
 
-    def encoder(self) -> Encoder:
+    def encoder(self, workers: int | None) -> Encoder:
         """Nothing is prepared here."""
         return Encoder()
 

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +32,18 @@ Say = Callable[[dict[str, Any]], None]
 
 
 class CountingEncoder(PromptEncoder):
-    """A PromptEncoder that tells how many photos each prompt has kept."""
+    """A PromptEncoder that notes how many photos each prompt has kept."""
 
     def __init__(self, model: TrainedModel, decode_at_once: int):
         trained = model.options
         super().__init__(model.policy, trained.prompt_language, read_template(trained.prompt_file), 0,
                          trained.max_prompt_length, lambda sample: open_all(sample, decode_at_once))
         self.photos_used: dict[str, int] = {}
-        self._last = 0
-
-    def encode_parts(self, text: str, photos: Sequence[Any]) -> Prompt:
-        """Prepare a prompt, and keep in mind with how many photos."""
-        self._last = len(photos)
-        return super().encode_parts(text, photos)
 
     def encode(self, sample: Sample) -> Prompt:
         """Prepare a prompt and note how many photos it kept."""
         prompt = super().encode(sample)
-        self.photos_used[sample.key] = self._last
+        self.photos_used[sample.key] = prompt.num_photos
         return prompt
 
 

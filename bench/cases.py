@@ -73,7 +73,13 @@ def cases_named(names: str) -> list[Case]:
 
 
 def make_tokenizer() -> Any:
-    """One token a byte, and the markers: a text of n ASCII letters is n tokens."""
+    """One token a byte, and the markers of a Qwen2.5-VL."""
+    return byte_tokenizer(CHAT, eos_token="<|vision_end|>", pad_token="<|video_pad|>",
+                          additional_special_tokens=[*MARKERS, "<|turn|>"])
+
+
+def byte_tokenizer(chat: str, **special: Any) -> Any:
+    """One token a byte, and special tokens: a text of n ASCII letters is n tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -81,9 +87,8 @@ def make_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|vision_end|>", pad_token="<|video_pad|>",
-                                   additional_special_tokens=[*MARKERS, "<|turn|>"])
-    fast.chat_template = CHAT
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.chat_template = chat
     return fast
 
 

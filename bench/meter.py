@@ -9,7 +9,7 @@ import ctypes
 import gc
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,10 +54,13 @@ def processor_name() -> str:
 
 
 class Meter:
-    """Charge CPU seconds, and memory peaks if asked for, to the innermost open phase; outside all of them, "train"."""
+    """Charge seconds, and memory peaks if asked for, to the innermost open phase; outside all of them, "train".
 
-    def __init__(self, memory: bool = False):
-        self.memory = memory
+    clock: what tells the seconds, CPU seconds by default.
+    """
+
+    def __init__(self, memory: bool = False, clock: Callable[[], float] = time.process_time):
+        self.memory, self.clock = memory, clock
         self._open = ["train"]
         self.restart()
 
@@ -81,7 +84,7 @@ class Meter:
     def charge(self) -> None:
         """Charge what has run up to the open phase."""
         name = self._open[-1]
-        self.seconds[name] += time.process_time() - self._since
+        self.seconds[name] += self.clock() - self._since
         if self.memory:
             self.peaks[name] = max(self.peaks[name], _status("VmHWM"))
         self._begin()
@@ -89,4 +92,4 @@ class Meter:
     def _begin(self) -> None:
         if self.memory:
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident
-        self._since = time.process_time()
+        self._since = self.clock()

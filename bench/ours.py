@@ -9,12 +9,14 @@ import torch
 from cases import ANSWER_TOKENS, Case, seeded_rewards
 from config import TrainOptions
 from meter import Meter
+from models.processes import ALONE, Processes
+from models.sharding import gathered, shard
 from models.trainable import set_trainable
 from own_reward import Scorer
 from rollout import Group, PromptEncoder, rollout_groups
 from sheets.samples import Sample
 from train_vlm_parallel import Run, fill_buffer, load_models
-from update import make_learner, update
+from update import make_idle, make_learner, update
 
 TEMPLATE = "{text}"
 
@@ -26,11 +28,15 @@ def step_options(model_folder: Path, case: Case) -> TrainOptions:
                         kl_weight=0.01, train_vision=case.train_vision, device="cpu", num_threads=1)
 
 
-def make_run(options: TrainOptions, template: str | None = TEMPLATE) -> Run:
+def make_run(options: TrainOptions, template: str | None = TEMPLATE, processes: Processes = ALONE) -> Run:
     """Load policy and reference as a training run does."""
-    policy, reference, shares_vision = load_models(options, None)
-    parameters = set_trainable(policy, options.train_vision)
-    learner = make_learner(policy, parameters, options)
+    policy, reference, shares_vision = load_models(options, None, processes)
+    parameters, idle = set_trainable(policy, options.train_vision), None
+    if options.sharding == "fsdp" and processes.world > 1:
+        idle = make_idle(policy, options.group_size, options.train_vision)
+        shard(policy)
+        parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    learner = make_learner(policy, parameters, options, processes, idle)
     return Run(learner, learner, reference, shares_vision, PromptEncoder(policy, template=template), Scorer(), None, [],
                [])  # no supervised steps here
 
@@ -42,7 +48,13 @@ def our_step(run: Run, options: TrainOptions, step: int, meter: Meter, rewards: 
         run.encoder = PromptEncoder(run.policy, template=run.encoder.template)
         for sample in run.products:
             run.encoder.encode(sample)
-    with meter.phase("generate"):
+    return computed_step(run, options, step, meter, rewards)
+
+
+def computed_step(run: Run, options: TrainOptions, step: int, meter: Meter, rewards: Sequence[float] | None = None
+                  ) -> list[Group]:
+    """Do what comes behind the photos of a step on run.products."""
+    with meter.phase("generate"), gathered(run.policy):
         groups, failures = rollout_groups(run.encoder, run.products, options.group_size, options.temperature,
                                           options.max_length, f"bench/{step}", options.rollout_batch_size)
         if failures:

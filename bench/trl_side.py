@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PrinterCallback, ProcessorMixin, TrainerCallback
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -79,13 +80,18 @@ class StepEnds(TrainerCallback):
 
 
 def make_trainer(model_folder: Path, output: Path, case: Case, samples: Sequence[Sample], micro_batch: int,
-                 checkpointing: bool, meter: Meter) -> MeteredTrainer:
-    """Set a trainer up for one optimizer step on each sample, in order."""
+                 checkpointing: bool, meter: Meter, model: Any = None, per_step: int = 1,
+                 adapter: tuple[int, list[str]] | None = None, vllm: bool = False, **changes: Any) -> MeteredTrainer:
+    """Set a trainer up for one optimizer step on each per_step samples, in order.
+
+    model: None for that of the folder. adapter: its rank and the modules that get one. changes: of GRPOConfig.
+    """
     warnings.filterwarnings("ignore", category=UserWarning)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     processor = PhotoProcessor(Qwen2VLImageProcessorPil.from_pretrained(model_folder), tokenizer,
                                chat_template=tokenizer.chat_template)
-    model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32)
+    if model is None:
+        model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32)
     model.model.visual.requires_grad_(case.train_vision)
     prompts = [[{"role": "user", "content": sample.text}] for sample in samples]
     photos = [load_photos(sample) for sample in samples]
@@ -97,17 +103,24 @@ def make_trainer(model_folder: Path, output: Path, case: Case, samples: Sequence
     def reward(completions: list[Any], **kwargs: Any) -> list[float]:
         for completion in completions:
             calculate_reward(completion[0]["content"], LABEL)
-        return rewards
+        return rewards * (len(completions) // len(rewards))
 
-    settings = GRPOConfig(
+    settings = dict(
         output_dir=str(output), use_cpu=True, bf16=False, per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=case.group_size // micro_batch, num_generations=case.group_size,
+        gradient_accumulation_steps=per_step * case.group_size // micro_batch, num_generations=case.group_size,
         max_completion_length=ANSWER_TOKENS, temperature=1.0, top_p=1.0, top_k=0, beta=0.01, loss_type="grpo",
         learning_rate=1e-6, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch",
-        gradient_checkpointing=checkpointing, max_steps=len(samples), shuffle_dataset=False, report_to="none",
-        logging_strategy="no", save_strategy="no", eval_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+        gradient_checkpointing=checkpointing, max_steps=len(samples) // per_step, shuffle_dataset=False,
+        report_to="none", logging_strategy="no", save_strategy="no", eval_strategy="no", disable_tqdm=True,
+        dataloader_pin_memory=False,
         generation_kwargs={"suppress_tokens": tokenizer.convert_tokens_to_ids(list(MARKERS))})
-    trainer = MeteredTrainer(model, reward, settings, dataset, processing_class=processor)
+    if vllm:  # not tried: it reads the weights from the disk, and knows no tokens to suppress
+        model.save_pretrained(model_folder)
+        model.config.name_or_path = str(model_folder)
+        settings |= {"use_vllm": True, "vllm_mode": "colocate", "generation_kwargs": None}
+    lora = LoraConfig(r=adapter[0], lora_alpha=2 * adapter[0], target_modules=adapter[1]) if adapter else None
+    trainer = MeteredTrainer(model, reward, GRPOConfig(**settings | changes), dataset, processing_class=processor,
+                             peft_config=lora)
     trainer.remove_callback(PrinterCallback)
     trainer.meter = processor.meter = meter
     return trainer

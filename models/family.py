@@ -6,6 +6,7 @@ A new family is one file with a subclass of Family and one line in models.FAMILI
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Prompt:
 
     input_ids: Tensor  # (P,) long
     photos: dict[str, Tensor] = field(default_factory=dict)  # the family's photo tensors; empty without photos
+    num_photos: int = 0  # of the product's that are in it
 
     @property
     def num_bytes(self) -> int:
@@ -71,6 +73,10 @@ class Family:
         max_pixels: bound of each photo before it is cut. None leaves the model's own bounds.
         """
         raise NotImplementedError
+
+    def importing(self) -> AbstractContextManager[None]:
+        """What has to be in place while code that comes with the model is imported, here or in another process."""
+        return nullcontext()
 
     def photo_features(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[Tensor | None]:
         """Encode all photos in one vision pass: per prompt (photo tokens, hidden), or None without photos.
@@ -145,6 +151,27 @@ class Family:
             source = Path(model_path) / name
             if source.is_file():
                 shutil.copyfile(source, folder / name)
+
+
+@dataclass(frozen=True)
+class PromptParts:
+    """What makes a prompt of a text and photos: of a policy all but the model, so that another process can hold it."""
+
+    family: Family
+    tokenizer: Any
+    image_processor: Any
+    max_slice_nums: int | None = None
+    max_pixels: int | None = None
+
+    def encode_prompt(self, text: str, photos: Sequence[Image.Image]) -> Prompt:
+        """Prepare a prompt text and its photos (CPU tensors)."""
+        return self.family.encode_prompt(self.tokenizer, self.image_processor, text, photos, self.max_slice_nums,
+                                         self.max_pixels)
+
+
+def joined_on(device: torch.device, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Join tensors of the CPU on a device; from pinned memory they are copied there while this process goes on."""
+    return torch.cat([tensor.to(device, non_blocking=True) for tensor in tensors], dim)
 
 
 def load_tokenizer(model_path: str) -> Any:

@@ -6,13 +6,16 @@ A new family is one file and one entry in FAMILIES.
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from config import TrainOptions
 from ground.commands import import_for_good
 from models import lora, weights
 from models.family import AtBirth, Family, ModelError
@@ -137,6 +140,31 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("--device cuda: no GPU is visible here; take --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> str:
+    """Resolve the compute dtype: auto is bfloat16 on a GPU that has it, else float32."""
+    if name != "auto":
+        return name
+    return "bfloat16" if has_bfloat16(device) else "float32"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether this device multiplies in bfloat16 by itself: a GPU of compute capability 8.0 or more does."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def settle_dtype(options: TrainOptions, device: str) -> TrainOptions:
+    """Put the dtype that will be computed in into the options, and say which; float32 on a GPU switches TF32 on."""
+    target = choose_device(device)
+    dtype = choose_dtype(options.dtype, target)
+    if dtype == "float32" and target.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        logger.info("computing in float32, products of matrices in TF32: their factors are rounded to 10 bits behind "
+                    "the point")
+    elif dtype != options.dtype and target.type == "cuda":
+        logger.info(f"computing in {dtype}, which this GPU has")
+    return replace(options, dtype=dtype)
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.family import AtBirth, Family, ModelError, Prompt, shrink
-from models.remote_code import OFF, load_remote, local_folder
+from models.remote_code import OFF, load_remote, local_folder, mended_imports
 from models.weights import add_weights, read_tensor, stored_tensors
 from sheets.photos import PhotoError
 
@@ -96,6 +97,10 @@ class MiniCPMRemote(Family):
                              f"for {len(slices)} slices")
         return Prompt(input_ids, {"pixel_values": torch.cat(list(slices), dim=-1), "target_sizes": sizes,
                                   "image_bound": bound})
+
+    def importing(self) -> AbstractContextManager[None]:
+        """What the makers' code imports and this machine lacks."""
+        return mended_imports()
 
     def photo_features(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[Tensor | None]:
         """Encode the slices of all prompts together by the model's own vision path and its resampler."""
@@ -186,4 +191,4 @@ def _slices(prompt: Prompt, device: torch.device) -> list[Tensor]:
     """Cut a prompt's pixels into its slices again: each (3, patch, patches * patch)."""
     pixels = prompt.photos["pixel_values"]
     widths = prompt.photos["target_sizes"].prod(-1) * pixels.shape[1]
-    return list(pixels.to(device).split(widths.tolist(), dim=-1))
+    return list(pixels.to(device, non_blocking=True).split(widths.tolist(), dim=-1))

@@ -20,11 +20,12 @@ from torch.utils.checkpoint import checkpoint
 from config import TrainOptions
 from models import lora, shared_prefix
 from models.decoding import PackedWriter, PlainWriter
-from models.family import ModelError, Prompt
+from models.family import ModelError, Prompt, PromptParts
 from models.head import Logits, compute_dtype, distribution, token_log_probs
 from models.loading import (
     DTYPES,
     choose_device,
+    choose_dtype,
     family_of,
     fitting_names,
     load_minicpm,
@@ -114,6 +115,11 @@ class Policy:
         self.adapter_name: str | None = lora.TRAINED  # the one that works here; None: the base alone
         self.sampled_together = PassSize()
 
+    @property
+    def rounds(self) -> bool:
+        """Whether products of matrices are rounded more coarsely than float32 is: in bfloat16, or in a GPU's TF32."""
+        return self.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+
     def add_adapter(self, rank: int, alpha: int | None, base_path: str) -> None:
         """Put a new adapter on every linear layer of the language model; alpha None: 2 * rank."""
         self.adapter = lora.add_adapter(self.model, self.family.lora_targets(self.model), rank, alpha or 2 * rank,
@@ -185,8 +191,11 @@ class Policy:
 
     def encode_prompt(self, text: str, photos: Sequence[Any]) -> Prompt:
         """Prepare a prompt text and its photos (CPU tensors)."""
-        return self.family.encode_prompt(self.tokenizer, self.image_processor, text, photos, self.max_slice_nums,
-                                         self.max_pixels)
+        return self.prompt_parts().encode_prompt(text, photos)
+
+    def prompt_parts(self) -> PromptParts:
+        """What prompts are made with: all that a process needs to prepare them."""
+        return PromptParts(self.family, self.tokenizer, self.image_processor, self.max_slice_nums, self.max_pixels)
 
     def photo_features(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
         """Encode the photos of some prompts: per prompt (photo tokens, width), or None without photos."""
@@ -388,9 +397,10 @@ def load_policy(model_path: str, options: TrainOptions, device: str, trust_remot
     at_birth: done to the model before its weights are read, see family.AtBirth; gives its root where it splits it.
     trains False: never, so nothing is checkpointed.
     """
-    dtype, roots = DTYPES[options.dtype], []
+    target, roots = choose_device(device), []
+    dtype = DTYPES[choose_dtype(options.dtype, target)]
     model, tokenizer, image_processor = load_minicpm(
         model_path, dtype if options.lora_rank else torch.float32, trust_remote_code, options.quantize,
         at_birth and (lambda model: roots.append(at_birth(model))))
-    return Policy(model.to(choose_device(device)), tokenizer, image_processor, dtype, options.max_slice_nums,
+    return Policy(model.to(target), tokenizer, image_processor, dtype, options.max_slice_nums,
                   options.max_pixels, options.exact_path, options.gradient_checkpointing and trains, *roots)

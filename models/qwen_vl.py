@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, load_tokenizer, prompt_ids
+from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, joined_on, load_tokenizer, prompt_ids
 from models.weights import load_checked, native_class
 from sheets.photos import PhotoError
 
@@ -70,9 +70,9 @@ class Qwen25VL(Family):
         with_photos = [prompt for prompt in prompts if prompt.photos]
         if not with_photos:
             return [None] * len(prompts)
-        pixels = torch.cat([prompt.photos["pixel_values"] for prompt in with_photos])
-        grids = torch.cat([prompt.photos["image_grid_thw"] for prompt in with_photos])
-        out = model.model.get_image_features(pixels.to(model.device), grids.to(model.device))
+        pixels, grids = (joined_on(model.device, [prompt.photos[name] for prompt in with_photos])
+                         for name in ("pixel_values", "image_grid_thw"))
+        out = model.model.get_image_features(pixels, grids)
         counts = [int(self.photo_positions(model, prompt).sum()) for prompt in with_photos]
         split = iter(self._features(out).split(counts))
         return [next(split) if prompt.photos else None for prompt in prompts]

@@ -126,6 +126,6 @@ def test_advice_is_found_wherever_a_command_may_come_to():
 
 
 def test_an_option_of_another_command_is_told_from_ones_own():
-    text = "take --group_size, or download_images.py --workers, or fetch --workers"
+    text = "take --group_size, or download_images.py --retries, or fetch --retries"
     assert list(unknown_options([("here", text), ("there", "run.py --rows")], config.TrainOptions)) == [
-        ("here", "workers", text)]
+        ("here", "retries", text)]

@@ -1,7 +1,7 @@
 """Compare the fast path with the slow one on real prompts, before the first step: nothing wrong trains in silence.
 
 Two prompts of unequal length, the longer with photos where the sheet has any, are taken together, so that one is
-padded, and the longer alone. Behind bfloat16's rounding all but the worst faults would hide, so there the policy is
+padded, and the longer alone. Behind the rounding of bfloat16 or TF32 most faults would hide, so there the policy is
 compared in float32 first, where that fits; then everything as it trains, within what the slow path itself rounds.
 """
 
@@ -93,7 +93,7 @@ def check_fast_path(policy: Policy, reference: Policy | None, shares_vision: boo
     if reference is not None and not shares_vision:
         with torch.no_grad():
             theirs = replace(trial, features=reference.photo_features(prompts))
-    if policy.dtype == torch.float32:
+    if not policy.rounds:
         said = compare(policy, reference, trial, theirs, slow_path(policy, trial), EXACT)
     else:
         said = compare_rounded(policy, reference, trial, theirs, processes)
@@ -138,7 +138,8 @@ def compare_rounded(policy: Policy, reference: Policy | None, trial: Trial, thei
         return compare(policy, reference, trial, theirs, slow, ROUNDED)
     said, noise = exact[0], exact[1].gap(joined(slow), trial.action_mask)
     limits = Gap(*(max(NOISE * getattr(noise, name), least) for name, least in vars(ROUNDED).items()))
-    return f"{said} in float32; {compare(policy, reference, trial, theirs, slow, limits)} in bfloat16"
+    rounded = "TF32" if policy.dtype == torch.float32 else "bfloat16"
+    return f"{said} in float32; {compare(policy, reference, trial, theirs, slow, limits)} in {rounded}"
 
 
 def compare_in_float32(policy: Policy, trial: Trial, processes: Processes) -> tuple[str, Outcome] | None:
@@ -174,12 +175,13 @@ def has_room(policy: Policy) -> bool:
 
 @contextmanager
 def in_float32(policy: Policy) -> Iterator[Policy]:
-    """The same policy computing in float32: what its language model holds in bfloat16 is widened for the time."""
-    wide = copy.copy(policy)
+    """The same policy computing in full float32: what its language model holds in bfloat16 is widened for the time."""
+    wide, precision = copy.copy(policy), torch.get_float32_matmul_precision()
     wide.dtype = torch.float32
     held = {parameter for part in (policy.family.language_model(policy.model), policy.family.head(policy.model))
             for parameter in part.parameters() if parameter.dtype == torch.bfloat16 and not is_split(policy)}
     try:
+        torch.set_float32_matmul_precision("highest")
         for parameter in held:
             parameter.data = parameter.data.float()
         with gathering_in_float32(policy):
@@ -187,6 +189,7 @@ def in_float32(policy: Policy) -> Iterator[Policy]:
     finally:
         for parameter in held:
             parameter.data = parameter.data.bfloat16()  # to the bit what it was
+        torch.set_float32_matmul_precision(precision)
 
 
 def compare(policy: Policy, reference: Policy | None, trial: Trial, theirs: Trial, slow: Sequence[Outcome], limits: Gap

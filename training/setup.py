@@ -13,7 +13,7 @@ from config import SheetOptions, TrainOptions
 from ground.commands import TIMED, log_to_console
 from ground.errors import OptionError
 from ground.options import held_out_sheet
-from models.loading import DTYPES, freeze, load_weights
+from models.loading import DTYPES, choose_device, choose_dtype, freeze, load_weights
 from models.lora import is_adapter, rank_of
 from models.policy import Policy, Root, load_policy
 from models.processes import ALONE, Processes
@@ -106,7 +106,7 @@ def load_models(options: TrainOptions, resume_from: Path | None, processes: Proc
         if not compares:
             return policy, None, True
         return policy, policy.with_reference_adapter() if options.sft_steps else policy.without_adapter(), True
-    dtype = DTYPES[options.dtype]
+    dtype = DTYPES[choose_dtype(options.dtype, choose_device(options.device))]
     split = splitter(dtype) if options.sharding == "fsdp" and processes.world > 1 else None
     parts = options.model_path, options, options.device, options.trust_remote_code
     policy = load_policy(*parts, split)

@@ -14,6 +14,7 @@ from ground.errors import OptionError
 from ground.options import read_options, split_reward
 from models.lora import base_of, is_adapter
 from models.policy import Policy, load_policy
+from models.preparing import worker_count
 from own_reward import Scorer
 from prompts import read_template
 from rollout import PromptEncoder, RolloutFailure
@@ -30,10 +31,11 @@ class TrainedModel:
     scorer: Scorer
     batch_size: int = 8  # products answered together
 
-    def encoder(self, **more: Any) -> PromptEncoder:
-        """Prepare prompts as in training; more: see PromptEncoder."""
+    def encoder(self, workers: int | None = 0, **more: Any) -> PromptEncoder:
+        """Prepare prompts as in training, in processes where workers says so (--workers); more: see PromptEncoder."""
         return PromptEncoder(self.policy, self.options.prompt_language, read_template(self.options.prompt_file),
-                             self.options.prompt_cache_mb, self.options.max_prompt_length, **more)
+                             self.options.prompt_cache_mb, self.options.max_prompt_length,
+                             workers=worker_count(workers, self.policy.device), **more)
 
     def answer(self, encoder: PromptEncoder, samples: Sequence[Sample], num_samples: int, seed: int,
                greedy: bool = False) -> tuple[list[Record], list[RolloutFailure]]:
