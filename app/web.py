@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,7 +18,7 @@ from app.bulk import Bulk
 from app.crew import Worker
 from app.door import Door, read_keys
 from app.engines import Engine
-from app.intake import Asked, Intake
+from app.intake import Asked, Intake, Room
 from app.metrics import Metrics
 from app.page import page_and_policy
 from app.refusals import Refusal
@@ -57,6 +56,7 @@ class Service:
             for task in keeping:
                 task.cancel()
             await asyncio.gather(*keeping, return_exceptions=True)
+            self.intake.close()
 
     @property
     def about(self) -> dict[str, Any]:
@@ -101,16 +101,21 @@ class Service:
         with self.waiting.admission():
             if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 raise Refusal(415, "wrong_type", "send application/json", "Content-Type")
-            body = await self.intake.json_body(request)
+            with self.intake.room() as room:
+                product, count = await self._chat_product(request, room)
+                answered: Answered = await stay(request, self.waiting.ask(product))
+        return chat.completion_of(answered, count, self.about["model"])
+
+    async def _chat_product(self, request: Request, room: Room) -> tuple[Product, int]:
+        async with self.intake.json_body(request) as body:
             asked = chat.read_chat(body, self.about)
             text = chat.without_wording(asked.text, len(asked.photos), self.about)
-            with TemporaryDirectory(prefix="vlm-photos-") as folder:
-                text = self.intake.clean_text(text, "messages[0].content")
-                fields = [f"image_url {place + 1}" for place in range(len(asked.photos))]
-                files = await self.intake.photo_files(asked.photos, Path(folder), fields)
-                product = Product(text, files, 1 if asked.greedy else asked.count, asked.greedy)
-                answered: Answered = await stay(request, self.waiting.ask(product))
-        return chat.completion_of(answered, asked.count, self.about["model"])
+            text = self.intake.clean_text(text, "messages[0].content")
+            fields = [f"image_url {place + 1}" for place in range(len(asked.photos))]
+            photos, count, greedy = await self.intake.keep(asked.photos, room, fields), asked.count, asked.greedy
+        del body, asked  # not held while photos are fetched
+        files = await self.intake.fetch_missing(photos, room, fields)
+        return Product(text, files, 1 if greedy else count, greedy), count
 
 
 async def stay(request: Request, work: Coroutine[Any, Any, Any]) -> Any:

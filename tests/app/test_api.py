@@ -1,6 +1,7 @@
 """What can be asked over HTTP, and every way of being refused: one status each, one JSON form."""
 
 import asyncio
+import contextlib
 import json
 import random
 import socket
@@ -175,19 +176,29 @@ def test_keys(tmp_path):
     played(scene)
 
 
+async def until_closed(connection):
+    """What came on a connection until the other side closed it."""
+    said = b""
+    with contextlib.suppress(ConnectionError):  # what was sent meanwhile met a closed door
+        while some := await asyncio.get_running_loop().sock_recv(connection, 2 ** 16):
+            said += some
+    return said
+
+
 def test_a_body_that_comes_too_slowly_is_closed(tmp_path):
     async def scene():
         async with serving(tmp_path, body_seconds=0.3) as place:
-            reader, writer = await asyncio.open_connection("127.0.0.1", place.port)
-            writer.write(b"POST /extract HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                         b"Content-Length: 1000\r\n\r\n")
-            status = asyncio.ensure_future(reader.readline())
-            while not status.done():
-                writer.write(b"x")
-                await asyncio.sleep(0.05)
-            assert b"408" in status.result()
-            assert b"slow_body" in await reader.read()  # to the end: it is closed
-            writer.close()
+            loop = asyncio.get_running_loop()
+            with socket.create_connection(("127.0.0.1", place.port)) as connection:
+                connection.setblocking(False)
+                await loop.sock_sendall(connection, b"POST /extract HTTP/1.1\r\nHost: localhost\r\n"
+                                                    b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n")
+                said = asyncio.ensure_future(until_closed(connection))
+                while not said.done():
+                    with contextlib.suppress(ConnectionError):
+                        await loop.sock_sendall(connection, b"x")
+                    await asyncio.sleep(0.05)
+            assert b"408" in said.result() and b"slow_body" in said.result()
             assert place.service.waiting._admitted == 0
     played(scene)
 
