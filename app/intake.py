@@ -25,8 +25,8 @@ from app.refusals import Refusal
 from app.waiting import Product
 from config import FetchOptions, ServiceOptions
 from sheets.fetch import fetch, make_session
-from sheets.photos import PhotoError, check_photo
-from sheets.samples import cached_photo_path
+from sheets.photos import PhotoError, check_photo, content_key
+from sheets.samples import cached_photo_path, key_of
 from sizes.texts import as_seen
 
 MOST_PHOTOS = 5
@@ -82,7 +82,7 @@ class Intake:
             text = self.clean_text(fields["text"], "text")
             files = await self.fetch_missing(photos, room, _PHOTOS)
             samples = fields["samples"] or self._options.samples
-            yield Asked(Product(text, files, samples, greedy=samples == 1),
+            yield Asked(Product(text, files, samples, greedy=samples == 1, key=room.key(text, files)),
                         None if fields["id"] is None else without_halves(fields["id"]))
 
     async def _of_json(self, request: Request, room: "Room") -> tuple[dict[str, Any], list[str | Path]]:
@@ -127,8 +127,11 @@ class Intake:
             return await asyncio.to_thread(self._kept, photos, room, fields) if photos else []
 
     def _kept(self, photos: Sequence[str | UploadFile], room: "Room", fields: Sequence[str]) -> list[str | Path]:
-        return [photo if _is_address(photo) else self._checked(keep_photo(photo, room, field, self._most_bytes), field)
-                for photo, field in zip(photos, fields, strict=False)]
+        kept = []
+        for photo, field in zip(photos, fields, strict=False):
+            path = photo if _is_address(photo) else keep_photo(photo, room, field, self._most_bytes)
+            kept.append(path if path is photo else self._checked(path, room, field))
+        return kept
 
     async def fetch_missing(self, photos: Sequence[str | Path], room: "Room", fields: Sequence[str]
                             ) -> tuple[Path, ...]:
@@ -150,13 +153,14 @@ class Intake:
     def _most_bytes(self) -> int:
         return int(self._options.max_photo_mb * 2 ** 20)
 
-    def _checked(self, path: Path, field: str) -> Path:
+    def _checked(self, path: Path, room: "Room", field: str) -> Path:
         if path.stat().st_size > self._most_bytes:
             raise Refusal(413, "photo_too_large", f"larger than {self._options.max_photo_mb:g} MiB", field)
         try:
             check_photo(path, int(self._options.max_megapixels * 1e6))
         except PhotoError as problem:
             raise Refusal(413 if "too large" in str(problem) else 422, "bad_photo", str(problem), field) from None
+        room.hashes[path] = content_key(path)
         return path
 
     async def _fetched(self, address: str, room: "Room", field: str) -> Path:
@@ -175,19 +179,24 @@ class Intake:
         found = await asyncio.to_thread(fetch_straight, address, folder, options)
         if found:
             raise Refusal(422, "not_fetched", found, field)
-        return await asyncio.to_thread(self._checked, cached_photo_path(address, folder), field)
+        return await asyncio.to_thread(self._checked, cached_photo_path(address, folder), room, field)
 
 
 class Room:
-    """Where the photos of one request lie."""
+    """Where the photos of one request lie, and what is in them."""
 
     def __init__(self, stem: Path):
         self._stem, self._paths = stem, []
+        self.hashes: dict[Path, str] = {}
 
     def next(self) -> Path:
         """Name a file, or a folder, that is not there yet."""
         self._paths.append(self._stem.with_name(f"{self._stem.name}-{len(self._paths)}"))
         return self._paths[-1]
+
+    def key(self, text: str, photos: Sequence[Path]) -> str:
+        """Tell a product from others: a hash of its text and photos."""
+        return key_of(text, [self.hashes[path] for path in photos])
 
     def clear(self) -> None:
         """Remove them all."""

@@ -24,7 +24,8 @@ _KEPT_PACE = 0.8  # of the running mean of seconds a product
 class Product:
     """What is asked: a text, photo files, how many answers, sampled or greedy.
 
-    missing_photos: what a photo that can't be used means; for a request it means no answer.
+    missing_photos: what a photo that can't be used means; for a request it means no answer. key: a hash of its text and
+    photos, as test_model.py draws its random numbers by.
     """
 
     text: str
@@ -33,6 +34,12 @@ class Product:
     greedy: bool = False
     alone: bool = False  # not together with others, since it may be what a worker was lost by
     missing_photos: MissingPhotos = "drop_row"
+    key: str = ""
+
+    @property
+    def for_log(self) -> str:
+        """What a log may hold of it: a hash and sizes."""
+        return f", product {self.key[:16]}, {len(self.text)} characters, {len(self.photos)} photos"
 
 
 @dataclass(frozen=True)

@@ -66,15 +66,20 @@ class Service:
                 return answerer.about
         raise Refusal(503, "not_ready", "the model is being loaded", retry_after=5)
 
-    def health(self) -> dict[str, Any]:
-        """How the service is: ready when one of those who answer is."""
+    def health(self, known: bool = True) -> dict[str, Any]:
+        """How the service is: ready when one of those who answer is.
+
+        known: whoever asks may see names, addresses and paths, too.
+        """
         states = [answerer.report() for answerer in self.answerers]
         ready = sum(state["state"] == "ready" for state in states)
         status = "ending" if self.waiting.ending else "ready" if ready == len(states) else \
             "degraded" if ready else states[0]["state"]
-        return {"status": status, "model": next((one.about["model"] for one in self.answerers if one.about), None),
-                "workers": states, "queue": self.waiting.state(), "limits": self.page_limits(),
-                "seconds_up": round(time.monotonic() - self.began)}
+        shown = {"status": status, "workers": states, "queue": self.waiting.state(), "limits": self.page_limits(),
+                 "seconds_up": round(time.monotonic() - self.began)}
+        if known:
+            return {**shown, "model": next((one.about["model"] for one in self.answerers if one.about), None)}
+        return {**shown, "workers": [{name: state[name] for name in ("state", "restarts")} for state in states]}
 
     def page_limits(self) -> dict[str, Any]:
         """The limits that a client can keep to."""
@@ -87,6 +92,7 @@ class Service:
         """Answer one product."""
         with self.waiting.admission():
             async with self.intake.product(request) as asked:
+                request.scope["visit"].asked = asked.product.for_log
                 return await stay(request, self._answer(asked))
 
     async def _answer(self, asked: Asked) -> dict[str, Any]:
@@ -103,6 +109,7 @@ class Service:
                 raise Refusal(415, "wrong_type", "send application/json", "Content-Type")
             with self.intake.room() as room:
                 product, count = await self._chat_product(request, room)
+                request.scope["visit"].asked = product.for_log
                 answered: Answered = await stay(request, self.waiting.ask(product))
         return chat.completion_of(answered, count, self.about["model"])
 
@@ -115,7 +122,7 @@ class Service:
             photos, count, greedy = await self.intake.keep(asked.photos, room, fields), asked.count, asked.greedy
         del body, asked  # not held while photos are fetched
         files = await self.intake.fetch_missing(photos, room, fields)
-        return Product(text, files, 1 if greedy else count, greedy), count
+        return Product(text, files, 1 if greedy else count, greedy, key=room.key(text, files)), count
 
 
 async def stay(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
@@ -182,8 +189,8 @@ def make_app(service: Service) -> Door:
         return JSONResponse({"status": "alive"})
 
     @app.get("/health")
-    async def health() -> JSONResponse:
-        state = service.health()
+    async def health(request: Request) -> JSONResponse:
+        state = service.health(request.scope["visit"].known)
         return JSONResponse(state, 200 if state["status"] in ("ready", "degraded") else 503)
 
     @app.get("/metrics")

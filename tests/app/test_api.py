@@ -12,6 +12,7 @@ import pytest
 from loguru import logger
 
 from serving import data_url, png, serving
+from sheets.samples import Sample
 
 KEY = "a-key-of-more-than-16-characters"
 
@@ -169,9 +170,18 @@ def test_keys(tmp_path):
                     assert answer.headers["www-authenticate"] == "Bearer"
             for path in ("/livez", "/health", "/"):
                 assert (await place.client.get(path, headers={"Authorization": ""})).status_code == 200
+            place.service.answerers[0].problem = "/srv/models/secret can't be read"
+            for key in ("", f"Bearer {KEY}x"):
+                strangers = (await place.client.get("/health", headers={"Authorization": key})).json()
+                assert strangers["workers"] == [{"state": "ready", "restarts": 0}] and "model" not in strangers
+                assert strangers["status"] == "ready" and strangers["limits"]["keys"] is True
+            own = (await place.client.get("/health")).json()
+            assert own["workers"][0]["problem"].startswith("/srv") and own["model"] == "fake@1"
             assert (await place.client.get("/v1/models?secret=1")).status_code == 200
         logger.remove(sink)
-        assert any("POST /extract 200" in line for line in said)
+        product = Sample(1, "-", "a secret text", (), (), "sheet", by_content=True).key[:16]
+        assert any("POST /extract 200 24 B in, " in line and f"product {product}, 13 characters, 0 photos" in line
+                   for line in said)
         assert not any(word in "".join(said) for word in ("secret", KEY, "another-key", "nowhere"))
     played(scene)
 
