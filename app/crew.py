@@ -128,11 +128,14 @@ class Worker:
     async def _read(self, process: asyncio.subprocess.Process, messages: asyncio.Queue) -> None:
         """Pass messages on; raises Lost when the process says nothing any more."""
         while True:
+            # One that starts is silent while its modules come from a slow disk.
+            name = "silent_seconds" if self.state == "ready" else "hang_seconds"
+            limit = getattr(self._options, name)
             try:
-                async with asyncio.timeout(self._options.silent_seconds):
+                async with asyncio.timeout(limit):
                     line = await process.stdout.readline()
             except TimeoutError:
-                raise Lost(f"no sign of life for {self._options.silent_seconds:g} s (--silent_seconds)") from None
+                raise Lost(f"no sign of life for {limit:g} s (--{name})") from None
             if not line:
                 raise Lost(f"its process ended ({await process.wait()})")
             message = json.loads(line)

@@ -182,6 +182,13 @@ def test_a_lost_worker_is_said_at_once_and_started_again(tmp_path, text, why, li
     play(scene)
 
 
+def test_a_worker_may_be_silent_while_it_starts(tmp_path):
+    async def scene():
+        async with serving(tmp_path, model_path="late", silent_seconds=1) as place:
+            assert place.service.answerers[0].restarts == 0
+    play(scene)
+
+
 def test_one_of_two_workers_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(app.crew, "_FIRST_PAUSE", 60.0)
 
