@@ -127,9 +127,8 @@ class Worker:
 
     async def _read(self, process: asyncio.subprocess.Process, messages: asyncio.Queue) -> None:
         """Pass messages on; raises Lost when the process says nothing any more."""
+        name = "hang_seconds"  # one that starts is silent while its modules come from a slow disk
         while True:
-            # One that starts is silent while its modules come from a slow disk.
-            name = "silent_seconds" if self.state == "ready" else "hang_seconds"
             limit = getattr(self._options, name)
             try:
                 async with asyncio.timeout(limit):
@@ -139,6 +138,8 @@ class Worker:
             if not line:
                 raise Lost(f"its process ended ({await process.wait()})")
             message = json.loads(line)
+            if "ready" in message:
+                name = "silent_seconds"
             if "alive" not in message:
                 await messages.put(message)
 

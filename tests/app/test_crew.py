@@ -68,6 +68,7 @@ def test_products_are_answered_together_as_they_come(tmp_path):
 def test_a_first_product_is_waited_with_for_others():
     async def scene():
         waiting = Waiting(LimitOptions(batch_wait_ms=60_000), Metrics())
+        waiting.takers = 1
         taking = asyncio.ensure_future(waiting.take(2))
         asks = [asyncio.ensure_future(waiting.ask(Product("mug")))]
         await asyncio.sleep(0.01)
@@ -83,6 +84,7 @@ def test_a_first_product_is_waited_with_for_others():
 def test_the_nearest_in_length_go_with_the_first():
     async def scene():
         waiting = Waiting(LimitOptions(batch_wait_ms=0), Metrics())
+        waiting.takers = 1
         asks = [asyncio.ensure_future(waiting.ask(Product("x" * length)))
                 for length in (100, 5000, 110, 4000, 90, 101)]
         sheets = [asyncio.ensure_future(waiting.ask_for_sheet(Product("of a sheet")))]
@@ -186,6 +188,29 @@ def test_a_worker_may_be_silent_while_it_starts(tmp_path):
     async def scene():
         async with serving(tmp_path, model_path="late", silent_seconds=1) as place:
             assert place.service.answerers[0].restarts == 0
+    play(scene)
+
+
+def test_a_request_that_was_being_read_when_the_worker_was_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(app.crew, "_FIRST_PAUSE", 2.0)
+
+    async def scene():
+        async with serving(tmp_path) as place:
+            process, read = place.service.answerers[0], asyncio.Event()
+
+            async def body():
+                yield b'{"text": '
+                await read.wait()
+                yield b'"mug"}'
+            reading = asyncio.ensure_future(place.client.post("/extract", content=body(),
+                                                              headers={"content-type": "application/json"}))
+            while not place.service.waiting._admitted:
+                await asyncio.sleep(0.01)
+            assert (await place.ask("die")).status_code == 503
+            read.set()
+            answer = await reading
+            assert answer.status_code == 503 and answer.json()["error"]["code"] == "not_ready"
+            assert process.state != "ready"
     play(scene)
 
 
