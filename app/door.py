@@ -73,7 +73,7 @@ class Door:
             raise Refusal(400, "wrong_host", "this service does not answer to that Host; its owner can allow the name "
                                              "with --allowed_hosts")
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin.decode("latin-1")).netloc.lower() != host.lower():
+        if origin is not None and _place_of(origin.decode("latin-1")) != host.lower():
             raise Refusal(403, "other_site", "pages of other sites may not ask this service")
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         given = hashlib.sha256(key.strip()).digest()
@@ -106,6 +106,14 @@ class Door:
         self._metrics.seconds.labels(path).observe(seconds)
         if path not in ("/livez", "/health", "/metrics") or visit.status >= 400:
             logger.info(f"{visit.method} {path} {outcome} {visit.received} B in, {1000 * seconds:.0f} ms{visit.asked}")
+
+
+def _place_of(origin: str) -> str:
+    """The host and port that a page came from; "" for an origin that is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
 
 
 class Visit:

@@ -142,7 +142,7 @@ def test_hosts_and_other_sites(tmp_path):
             asking = {"json": {"text": "mug"}}
             here = f"http://127.0.0.1:{place.port}"
             assert (await place.client.post("/extract", **asking, headers={"Origin": here})).status_code == 200
-            for origin in ("https://evil.example", "null", "http://localhost:1"):
+            for origin in ("https://evil.example", "null", "http://localhost:1", "http://["):
                 answer = await place.client.post("/extract", **asking, headers={"Origin": origin})
                 is_error(answer, 403, "other_site")
                 assert "access-control-allow-origin" not in answer.headers
