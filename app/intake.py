@@ -52,7 +52,8 @@ class Intake:
     def __init__(self, options: ServiceOptions, metrics: Metrics):
         self._options, self._metrics = options, metrics
         self._few = asyncio.Semaphore(options.decode_at_once)
-        self._folder = TemporaryDirectory(prefix="vlm-photos-")  # one for all: making and removing it waits for a disk
+        # One for all, since to make and to remove it waits for the disk; not in /tmp, where idle folders are cleared.
+        self._folder = TemporaryDirectory(prefix="photos-", dir=options.state_dir)
         self._number = itertools.count()
 
     def close(self) -> None:

@@ -30,6 +30,9 @@ def test_json_and_multipart_are_answered_alike(tmp_path):
             form = await place.client.post("/extract", data={"text": "mug & lid", "samples": "2", "id": "7"},
                                            files=[("photos", ("a.png", png(1))), ("photos", ("b.png", png(2)))])
             default = await place.ask("say {\"width\": 2, \"length\": 3000}")
+            (folder,) = (tmp_path / "state").glob("photos-*")
+            assert not list(folder.iterdir()), "photos go with their request"
+        assert not folder.exists()
         assert one.status_code == form.status_code == 200
         one, form, default = one.json(), form.json(), default.json()
         assert {**one, "ms": 0} == {**form, "ms": 0}
