@@ -434,7 +434,8 @@ class LimitOptions:
     silent_seconds: float = option(
         15.0, "a worker process that gives no sign of life for so long is started again", within="(0, inf)")
     hang_seconds: float = option(
-        180.0, "a worker process that is so long with one batch is started again", within="(0, inf)")
+        180.0, "a worker process that is so long with one batch, or silent while it starts, is started again",
+        within="(0, inf)")
     max_sheet_mb: float = option(20.0, "MiB of a sheet, at most", within="(0, inf)")
     max_rows: int = option(10_000, "products of a sheet, at most", within="(0, inf)")
     sheets_waiting: int = option(8, "sheets that wait for the one at work, at most", within="(0, inf)")

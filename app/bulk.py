@@ -174,7 +174,8 @@ class Bulk:
                     elif "products" in message:
                         sheet.products, sheet.status = message["products"], "answering"
                     elif "broken" in message:
-                        sheet.status, sheet.problem = "failed", message["broken"]
+                        problem = message["broken"].replace(str(sheet.data_path), sheet.name)
+                        sheet.status, sheet.problem = "failed", problem.replace(str(sheet.folder), "")
                     else:
                         sheet.status = "done"
                 if sheet.status not in ("done", "failed"):

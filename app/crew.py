@@ -127,15 +127,19 @@ class Worker:
 
     async def _read(self, process: asyncio.subprocess.Process, messages: asyncio.Queue) -> None:
         """Pass messages on; raises Lost when the process says nothing any more."""
+        name = "hang_seconds"  # one that starts is silent while its modules come from a slow disk
         while True:
+            limit = getattr(self._options, name)
             try:
-                async with asyncio.timeout(self._options.silent_seconds):
+                async with asyncio.timeout(limit):
                     line = await process.stdout.readline()
             except TimeoutError:
-                raise Lost(f"no sign of life for {self._options.silent_seconds:g} s (--silent_seconds)") from None
+                raise Lost(f"no sign of life for {limit:g} s (--{name})") from None
             if not line:
                 raise Lost(f"its process ended ({await process.wait()})")
             message = json.loads(line)
+            if "ready" in message:
+                name = "silent_seconds"
             if "alive" not in message:
                 await messages.put(message)
 

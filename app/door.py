@@ -59,28 +59,30 @@ class Door:
             return await self.app(scope, receive, send)
         visit = Visit(scope, receive, send, self._options)
         try:
-            self._check(scope, visit.headers)
+            visit.known = self._check(scope, visit.headers)
             await self.app({**scope, "visit": visit}, visit.receive, visit.send)
         except Refusal as refusal:
             await visit.refuse(refusal)
         finally:
             self._note(visit)
 
-    def _check(self, scope: Message, headers: dict[bytes, bytes]) -> None:
+    def _check(self, scope: Message, headers: dict[bytes, bytes]) -> bool:
+        """Raise Refusal for who may not come in; returns whether a key was shown, or none is needed."""
         host = headers.get(b"host", b"").decode("latin-1")
         if not self._is_allowed(host):
             raise Refusal(400, "wrong_host", "this service does not answer to that Host; its owner can allow the name "
                                              "with --allowed_hosts")
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin.decode("latin-1")).netloc.lower() != host.lower():
+        if origin is not None and _place_of(origin.decode("latin-1")) != host.lower():
             raise Refusal(403, "other_site", "pages of other sites may not ask this service")
-        if self._keys and scope["path"] not in OPEN_TO_ALL:
-            kind, _, key = headers.get(b"authorization", b"").partition(b" ")
-            given = hashlib.sha256(key.strip()).digest()
-            # All are compared, so that the time says nothing.
-            known = [hmac.compare_digest(given, known) for known in self._keys]
-            if kind.lower() != b"bearer" or not any(known):
-                raise Refusal(401, "wrong_key", "send a valid key: Authorization: Bearer KEY")
+        kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+        given = hashlib.sha256(key.strip()).digest()
+        # All are compared, so that the time says nothing.
+        equal = [hmac.compare_digest(given, known) for known in self._keys]
+        known = not self._keys or kind.lower() == b"bearer" and any(equal)
+        if not known and scope["path"] not in OPEN_TO_ALL:
+            raise Refusal(401, "wrong_key", "send a valid key: Authorization: Bearer KEY")
+        return known
 
     def _is_allowed(self, host: str) -> bool:
         """Plain addresses, which no other site's name can stand for, this machine's name for itself, and those given.
@@ -103,7 +105,15 @@ class Door:
         self._metrics.requests.labels(path, outcome).inc()
         self._metrics.seconds.labels(path).observe(seconds)
         if path not in ("/livez", "/health", "/metrics") or visit.status >= 400:
-            logger.info(f"{visit.method} {path} {outcome} {visit.received} B in, {1000 * seconds:.0f} ms")
+            logger.info(f"{visit.method} {path} {outcome} {visit.received} B in, {1000 * seconds:.0f} ms{visit.asked}")
+
+
+def _place_of(origin: str) -> str:
+    """The host and port that a page came from; "" for an origin that is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
 
 
 class Visit:
@@ -113,6 +123,7 @@ class Visit:
         self.method, self.path = scope["method"], scope["path"]
         self.headers = dict(scope["headers"])
         self.began, self.received, self.status = time.monotonic(), 0, 0
+        self.known, self.asked = False, ""  # whether a key was shown, or none is needed; what was asked, for the log
         self._receive, self._send, self._options = receive, send, options
         self._whole = False
         sheet = self.path.startswith("/extract_sheet")

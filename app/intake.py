@@ -6,10 +6,11 @@ Fields that are not known are refused by name, so that a misspelt one is not pas
 import asyncio
 import base64
 import binascii
+import itertools
 import json
 import shutil
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import SpooledTemporaryFile, TemporaryDirectory
@@ -24,14 +25,16 @@ from app.refusals import Refusal
 from app.waiting import Product
 from config import FetchOptions, ServiceOptions
 from sheets.fetch import fetch, make_session
-from sheets.photos import PhotoError, check_photo
-from sheets.samples import cached_photo_path
+from sheets.photos import PhotoError, check_photo, content_key
+from sheets.samples import cached_photo_path, key_of
 from sizes.texts import as_seen
 
 MOST_PHOTOS = 5
 _FIELDS = ("text", "photos", "samples", "id")
 _IN_MEMORY = 2 ** 20  # bytes of a body; the rest lies in a file
+_AT_ONCE = 2 ** 16  # bytes of JSON that are parsed sooner than a thread is found for them
 _LONGEST_ID = 200
+_PHOTOS = [f"photos[{place}]" for place in range(MOST_PHOTOS)]
 FETCH_SECONDS = 10.0
 
 
@@ -49,33 +52,61 @@ class Intake:
     def __init__(self, options: ServiceOptions, metrics: Metrics):
         self._options, self._metrics = options, metrics
         self._few = asyncio.Semaphore(options.decode_at_once)
+        # One for all, since to make and to remove it waits for the disk; not in /tmp, where idle folders are cleared.
+        self._folder = TemporaryDirectory(prefix="photos-", dir=options.state_dir)
+        self._number = itertools.count()
+
+    def close(self) -> None:
+        """Remove the folder that photos lie in."""
+        self._folder.cleanup()
+
+    @contextmanager
+    def room(self) -> Iterator["Room"]:
+        """Give a request's photos names of their own; the files go when the block ends."""
+        room = Room(Path(self._folder.name) / str(next(self._number)))
+        try:
+            yield room
+        finally:
+            room.clear()
 
     @asynccontextmanager
     async def product(self, request: Request) -> AsyncIterator[Asked]:
-        """Read /extract's body, JSON or multipart; its photos lie in a folder that goes when the block ends."""
+        """Read /extract's body, JSON or multipart; its photos go when the block ends."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        with TemporaryDirectory(prefix="vlm-photos-") as folder:
+        with self.room() as room:
             if kind == "application/json":
-                fields = check_fields(await self.json_body(request))
-                photos = fields.pop("photos")
+                fields, photos = await self._of_json(request, room)
             elif kind == "multipart/form-data":
-                async with request.form(max_files=MOST_PHOTOS + 1, max_fields=100) as form:
-                    fields, photos = form_fields(form)
-                    photos = await self._in_thread(keep_files, photos, Path(folder), self._most_bytes)
+                fields, photos = await self._of_form(request, room)
             else:
                 raise Refusal(415, "wrong_type", "send application/json or multipart/form-data", "Content-Type")
             text = self.clean_text(fields["text"], "text")
-            files = await self.photo_files(photos, Path(folder), [f"photos[{n}]" for n in range(len(photos))])
+            files = await self.fetch_missing(photos, room, _PHOTOS)
             samples = fields["samples"] or self._options.samples
-            yield Asked(Product(text, files, samples, greedy=samples == 1),
+            yield Asked(Product(text, files, samples, greedy=samples == 1, key=room.key(text, files)),
                         None if fields["id"] is None else without_halves(fields["id"]))
 
-    async def json_body(self, request: Request) -> Any:
-        """Read a JSON body, through a file where it is large; raises Refusal for what is none."""
+    async def _of_json(self, request: Request, room: "Room") -> tuple[dict[str, Any], list[str | Path]]:
+        async with self.json_body(request) as body:
+            fields = check_fields(body)
+            return fields, await self.keep(fields.pop("photos"), room, _PHOTOS)
+
+    async def _of_form(self, request: Request, room: "Room") -> tuple[dict[str, Any], list[str | Path]]:
+        async with request.form(max_files=MOST_PHOTOS + 1, max_fields=100) as form, self._few:
+            fields, photos = form_fields(form)
+            return fields, await self.keep(photos, room, _PHOTOS)
+
+    @asynccontextmanager
+    async def json_body(self, request: Request) -> AsyncIterator[Any]:
+        """Read a JSON body, through a file where it is large; raises Refusal for what is none.
+
+        Few bodies are in memory at a time: they are let go when the block ends, in which keep() puts photos into files.
+        """
         with SpooledTemporaryFile(max_size=_IN_MEMORY) as file:
             async for chunk in request.stream():
                 file.write(chunk)
-            return await self._in_thread(read_json, file)
+            async with self._few:
+                yield read_json(file) if file.tell() <= _AT_ONCE else await asyncio.to_thread(read_json, file)
 
     def clean_text(self, text: str, field: str) -> str:
         """Write the product's text as a person sees it, as in training; raises Refusal when it is too long or empty."""
@@ -86,37 +117,54 @@ class Intake:
             raise Refusal(422, "no_text", "the product's text is empty", field)
         return seen
 
+    async def keep(self, photos: Sequence[str | UploadFile], room: "Room", fields: Sequence[str]) -> list[str | Path]:
+        """Put photos into files, from data: URLs and uploads, and look at each; addresses are left as they are.
+
+        fields: the name of each, for the Refusal that is raised.
+        """
+        if len(photos) > MOST_PHOTOS:
+            raise Refusal(422, "too_many_photos", f"{len(photos)} photos, at most {MOST_PHOTOS}", "photos")
+        with self._counting():
+            return await asyncio.to_thread(self._kept, photos, room, fields) if photos else []
+
+    def _kept(self, photos: Sequence[str | UploadFile], room: "Room", fields: Sequence[str]) -> list[str | Path]:
+        kept = []
+        for photo, field in zip(photos, fields, strict=False):
+            path = photo if _is_address(photo) else keep_photo(photo, room, field, self._most_bytes)
+            kept.append(path if path is photo else self._checked(path, room, field))
+        return kept
+
+    async def fetch_missing(self, photos: Sequence[str | Path], room: "Room", fields: Sequence[str]
+                            ) -> tuple[Path, ...]:
+        """Fetch the photos that keep() has left as addresses; raises Refusal."""
+        with self._counting():
+            return tuple([await self._fetched(photo, room, field) if isinstance(photo, str) else photo
+                          for photo, field in zip(photos, fields, strict=False)])
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Count a photo that is refused in the block."""
+        try:
+            yield
+        except Refusal as refusal:
+            self._metrics.photo_failures.labels(refusal.code).inc()
+            raise
+
     @property
     def _most_bytes(self) -> int:
         return int(self._options.max_photo_mb * 2 ** 20)
 
-    async def photo_files(self, photos: Sequence[str | Path], folder: Path, fields: Sequence[str]
-                          ) -> tuple[Path, ...]:
-        """Put photos into files, from data: URLs and addresses, and look at each; raises Refusal naming its field."""
-        if len(photos) > MOST_PHOTOS:
-            raise Refusal(422, "too_many_photos", f"{len(photos)} photos, at most {MOST_PHOTOS}", "photos")
-        files = []
-        for photo, field in zip(photos, fields, strict=True):
-            try:
-                if isinstance(photo, str) and photo.startswith(("http://", "https://")):
-                    photo = await self._fetched(photo, folder, field)
-                files.append(await self._in_thread(self._checked, photo, folder, field))
-            except Refusal as refusal:
-                self._metrics.photo_failures.labels(refusal.code).inc()
-                raise
-        return tuple(files)
-
-    def _checked(self, photo: str | Path, folder: Path, field: str) -> Path:
-        path = photo if isinstance(photo, Path) else keep_data_url(photo, folder, field, self._most_bytes)
+    def _checked(self, path: Path, room: "Room", field: str) -> Path:
         if path.stat().st_size > self._most_bytes:
             raise Refusal(413, "photo_too_large", f"larger than {self._options.max_photo_mb:g} MiB", field)
         try:
             check_photo(path, int(self._options.max_megapixels * 1e6))
         except PhotoError as problem:
             raise Refusal(413 if "too large" in str(problem) else 422, "bad_photo", str(problem), field) from None
+        room.hashes[path] = content_key(path)
         return path
 
-    async def _fetched(self, address: str, folder: Path, field: str) -> Path:
+    async def _fetched(self, address: str, room: "Room", field: str) -> Path:
         """Fetch a photo from a host that is listed, straight: no redirects, no proxies."""
         try:
             host = (urlsplit(address).hostname or "").lower()
@@ -127,14 +175,37 @@ class Intake:
                                                   "or a file", field)
         options = FetchOptions(retries=0, timeout=FETCH_SECONDS, deadline=FETCH_SECONDS,
                                max_file_mb=max(1, int(self._options.max_photo_mb)))
+        folder = room.next()
+        folder.mkdir()  # two requests may want the same
         found = await asyncio.to_thread(fetch_straight, address, folder, options)
         if found:
             raise Refusal(422, "not_fetched", found, field)
-        return cached_photo_path(address, folder)
+        return await asyncio.to_thread(self._checked, cached_photo_path(address, folder), room, field)
 
-    async def _in_thread(self, work: Any, *args: Any) -> Any:
-        async with self._few:
-            return await asyncio.to_thread(work, *args)
+
+class Room:
+    """Where the photos of one request lie, and what is in them."""
+
+    def __init__(self, stem: Path):
+        self._stem, self._paths = stem, []
+        self.hashes: dict[Path, str] = {}
+
+    def next(self) -> Path:
+        """Name a file, or a folder, that is not there yet."""
+        self._paths.append(self._stem.with_name(f"{self._stem.name}-{len(self._paths)}"))
+        return self._paths[-1]
+
+    def key(self, text: str, photos: Sequence[Path]) -> str:
+        """Tell a product from others: a hash of its text and photos."""
+        return key_of(text, [self.hashes[path] for path in photos])
+
+    def clear(self) -> None:
+        """Remove them all."""
+        for path in self._paths:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def without_halves(text: str) -> str:
@@ -196,30 +267,26 @@ def form_fields(form: FormData) -> tuple[dict[str, Any], list[UploadFile]]:
     return check_fields(words), files
 
 
-def keep_files(uploads: Sequence[UploadFile], folder: Path, most_bytes: int) -> list[Path]:
-    """Write the uploaded photos into files; one that is too large is cut behind the limit, where it is refused."""
-    paths = []
-    for place, upload in enumerate(uploads):
-        paths.append(folder / f"upload-{place}")
-        with paths[-1].open("wb") as file:
-            if (upload.size or 0) > most_bytes:
-                file.truncate(most_bytes + 1)
-            else:
-                shutil.copyfileobj(upload.file, file)
-    return paths
+def _is_address(photo: Any) -> bool:
+    return isinstance(photo, str) and photo.startswith(("http://", "https://"))
 
 
-def keep_data_url(photo: str, folder: Path, field: str, most_bytes: int) -> Path:
-    """Write a data: URL's photo into a file; raises Refusal naming the field."""
+def keep_photo(photo: str | UploadFile, room: Room, field: str, most_bytes: int) -> Path:
+    """Write a photo into a file, cut behind the limit; raises Refusal naming the field for a data: URL that is none."""
+    content = photo_of_url(photo, field, most_bytes) if isinstance(photo, str) else photo.file.read(most_bytes + 1)
+    path = room.next()
+    path.write_bytes(content)
+    return path
+
+
+def photo_of_url(photo: str, field: str, most_bytes: int) -> bytes:
+    """Take the bytes out of a data: URL; raises Refusal naming the field."""
     head, comma, data = photo.partition(",")
     if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
         raise Refusal(422, "bad_photo", "give a photo as data:image/...;base64,...", field)
     if len(data) > most_bytes * 4 // 3 + 4:
         raise Refusal(413, "photo_too_large", f"larger than {most_bytes / 2 ** 20:g} MiB", field)
     try:
-        content = base64.b64decode(data, validate=True)
+        return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
         raise Refusal(422, "bad_photo", "the data: URL is no base64", field) from None
-    path = folder / f"data-{len(list(folder.iterdir()))}"
-    path.write_bytes(content)
-    return path

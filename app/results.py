@@ -4,12 +4,12 @@ Read and weighed as everywhere else: the same parser, the same agreement between
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from app.metrics import Metrics
 from app.waiting import Answered, Product
 from evidence.measures import most_agreed
-from reward import score_answer
 from sizes.answers import Reading, read_answer
 
 _SMALLEST, _LARGEST = 0.1, 1_000.0  # cm; what lies outside is for a person to look at
@@ -19,24 +19,31 @@ _AXES = {"l": "length", "w": "width", "h": "height"}
 def result_of(product: Product, answered: Answered, model: str, accept_at: float | None, metrics: Metrics
               ) -> dict[str, Any]:
     """Describe a product's answer: of several the one that agrees most with the others."""
-    parts = [score_answer(answer, ()) for answer in answered.answers]
-    index, sure = most_agreed([part.sizes for part in parts])
-    sizes = list(parts[index].sizes)
-    warnings = warnings_of(product, answered, sizes, parts[index].reason)
+    readings = [_read(answer) for answer in answered.answers]
+    index, sure = most_agreed([found for _, found in readings])
+    reading, sizes = readings[index][0], list(readings[index][1])
+    warnings = warnings_of(product, answered, sizes, reading.reason)
     review = not sizes or outside(sizes) or accept_at is not None and sure is not None and sure < accept_at
-    metrics.answered(sizes, [bool(part.sizes) for part in parts], sure, review)
+    metrics.answered(sizes, [bool(found) for _, found in readings], sure, review)
     return {
         "sizes_cm": sizes,
-        "answer": named_sides(read_answer(answered.answers[index])) if sizes else None,
+        "answer": named_sides(reading) if sizes else None,
         "confidence": sure,
         "review": review,
-        "readings": [{"sizes_cm": list(part.sizes), "text": answer}
-                     for part, answer in zip(parts, answered.answers, strict=True)],
+        "readings": [{"sizes_cm": list(found), "text": answer}
+                     for (_, found), answer in zip(readings, answered.answers, strict=True)],
         "photos_used": answered.photos_used,
         "warnings": warnings,
         "model": model,
         "ms": {"queue": round(answered.queue_ms, 1), "model": round(answered.model_ms, 1)},
     }
+
+
+@lru_cache(maxsize=1024)  # sampled answers are often the same
+def _read(answer: str) -> tuple[Reading, tuple[float, ...]]:
+    """Read an answer: as it stands there, and its sizes, largest first."""
+    reading = read_answer(answer)
+    return reading, tuple(sorted((size for size in reading.sizes if size is not None), reverse=True))
 
 
 def warnings_of(product: Product, answered: Answered, sizes: Sequence[float], reason: str) -> list[str]:

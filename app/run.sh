@@ -76,7 +76,7 @@ start() {
     if pid=$(running); then fail "it runs already, process $pid: $(state). New options: app/run.sh restart OPTIONS"; fi
     if [[ -s $STATE/service.pid ]]; then say "the process of an earlier start is gone without having been stopped"; fi
     interpreter
-    rm -f "$STATE/ready"
+    rm -rf "$STATE/ready" "$STATE"/photos-* # those of requests that a killed service had
     printf '%s\0' app/server.py "${ARGS[@]}" > "$STATE/command"
     touch "$STATE/service.log"
     size=$(wc -c < "$STATE/service.log")

@@ -24,7 +24,8 @@ _KEPT_PACE = 0.8  # of the running mean of seconds a product
 class Product:
     """What is asked: a text, photo files, how many answers, sampled or greedy.
 
-    missing_photos: what a photo that can't be used means; for a request it means no answer.
+    missing_photos: what a photo that can't be used means; for a request it means no answer. key: a hash of its text and
+    photos, as test_model.py draws its random numbers by.
     """
 
     text: str
@@ -33,6 +34,12 @@ class Product:
     greedy: bool = False
     alone: bool = False  # not together with others, since it may be what a worker was lost by
     missing_photos: MissingPhotos = "drop_row"
+    key: str = ""
+
+    @property
+    def for_log(self) -> str:
+        """What a log may hold of it: a hash and sizes."""
+        return f", product {self.key[:16]}, {len(self.text)} characters, {len(self.photos)} photos"
 
 
 @dataclass(frozen=True)
@@ -102,8 +109,7 @@ class Waiting:
         """Hold a place for a request, from its first byte on; raises Refusal when there is none."""
         if self.ending:
             raise Refusal(503, "ending", "the service is ending", retry_after=10)
-        if not self.takers:
-            raise Refusal(503, "not_ready", "the model is not ready, try again soon", retry_after=5)
+        self._refuse_without_takers()
         room = self._limits.queue_size + self.takers * self._limits.batch_size
         wait = self._expected_wait()
         if self._admitted >= room or len(self._asked) >= self._limits.queue_size or wait > self._limits.max_wait:
@@ -114,11 +120,16 @@ class Waiting:
         finally:
             self._admitted -= 1
 
+    def _refuse_without_takers(self) -> None:
+        if not self.takers:
+            raise Refusal(503, "not_ready", "the model is not ready, try again soon", retry_after=5)
+
     def _expected_wait(self) -> float:
         return len(self._asked) * self._pace / max(1, self.takers)
 
     async def ask(self, product: Product) -> Answered:
         """Wait for a request's answer; raises Refusal. Cancelled, it is not computed unless it was taken already."""
+        self._refuse_without_takers()  # the last may have been lost while the request was read
         if len(self._asked) >= self._limits.queue_size:
             raise Refusal(429, "busy", "too many requests wait already, try again later", retry_after=self._pace)
         try:

@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,7 +18,7 @@ from app.bulk import Bulk
 from app.crew import Worker
 from app.door import Door, read_keys
 from app.engines import Engine
-from app.intake import Asked, Intake
+from app.intake import Asked, Intake, Room
 from app.metrics import Metrics
 from app.page import page_and_policy
 from app.refusals import Refusal
@@ -57,6 +56,7 @@ class Service:
             for task in keeping:
                 task.cancel()
             await asyncio.gather(*keeping, return_exceptions=True)
+            self.intake.close()
 
     @property
     def about(self) -> dict[str, Any]:
@@ -66,15 +66,20 @@ class Service:
                 return answerer.about
         raise Refusal(503, "not_ready", "the model is being loaded", retry_after=5)
 
-    def health(self) -> dict[str, Any]:
-        """How the service is: ready when one of those who answer is."""
+    def health(self, known: bool = True) -> dict[str, Any]:
+        """How the service is: ready when one of those who answer is.
+
+        known: whoever asks may see names, addresses and paths, too.
+        """
         states = [answerer.report() for answerer in self.answerers]
         ready = sum(state["state"] == "ready" for state in states)
         status = "ending" if self.waiting.ending else "ready" if ready == len(states) else \
             "degraded" if ready else states[0]["state"]
-        return {"status": status, "model": next((one.about["model"] for one in self.answerers if one.about), None),
-                "workers": states, "queue": self.waiting.state(), "limits": self.page_limits(),
-                "seconds_up": round(time.monotonic() - self.began)}
+        shown = {"status": status, "workers": states, "queue": self.waiting.state(), "limits": self.page_limits(),
+                 "seconds_up": round(time.monotonic() - self.began)}
+        if known:
+            return {**shown, "model": next((one.about["model"] for one in self.answerers if one.about), None)}
+        return {**shown, "workers": [{name: state[name] for name in ("state", "restarts")} for state in states]}
 
     def page_limits(self) -> dict[str, Any]:
         """The limits that a client can keep to."""
@@ -87,6 +92,7 @@ class Service:
         """Answer one product."""
         with self.waiting.admission():
             async with self.intake.product(request) as asked:
+                request.scope["visit"].asked = asked.product.for_log
                 return await stay(request, self._answer(asked))
 
     async def _answer(self, asked: Asked) -> dict[str, Any]:
@@ -101,16 +107,22 @@ class Service:
         with self.waiting.admission():
             if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 raise Refusal(415, "wrong_type", "send application/json", "Content-Type")
-            body = await self.intake.json_body(request)
+            with self.intake.room() as room:
+                product, count = await self._chat_product(request, room)
+                request.scope["visit"].asked = product.for_log
+                answered: Answered = await stay(request, self.waiting.ask(product))
+        return chat.completion_of(answered, count, self.about["model"])
+
+    async def _chat_product(self, request: Request, room: Room) -> tuple[Product, int]:
+        async with self.intake.json_body(request) as body:
             asked = chat.read_chat(body, self.about)
             text = chat.without_wording(asked.text, len(asked.photos), self.about)
-            with TemporaryDirectory(prefix="vlm-photos-") as folder:
-                text = self.intake.clean_text(text, "messages[0].content")
-                fields = [f"image_url {place + 1}" for place in range(len(asked.photos))]
-                files = await self.intake.photo_files(asked.photos, Path(folder), fields)
-                product = Product(text, files, 1 if asked.greedy else asked.count, asked.greedy)
-                answered: Answered = await stay(request, self.waiting.ask(product))
-        return chat.completion_of(answered, asked.count, self.about["model"])
+            text = self.intake.clean_text(text, "messages[0].content")
+            fields = [f"image_url {place + 1}" for place in range(len(asked.photos))]
+            photos, count, greedy = await self.intake.keep(asked.photos, room, fields), asked.count, asked.greedy
+        del body, asked  # not held while photos are fetched
+        files = await self.intake.fetch_missing(photos, room, fields)
+        return Product(text, files, 1 if greedy else count, greedy, key=room.key(text, files)), count
 
 
 async def stay(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
@@ -177,8 +189,8 @@ def make_app(service: Service) -> Door:
         return JSONResponse({"status": "alive"})
 
     @app.get("/health")
-    async def health() -> JSONResponse:
-        state = service.health()
+    async def health(request: Request) -> JSONResponse:
+        state = service.health(request.scope["visit"].known)
         return JSONResponse(state, 200 if state["status"] in ("ready", "degraded") else 503)
 
     @app.get("/metrics")

@@ -124,7 +124,12 @@ def _find_cached(address: str, path: str) -> str | None:
 @lru_cache(maxsize=1_000)
 def _content_of(text: str, photos: tuple[str, ...]) -> str:
     """A hash of a text and the bytes of photo files."""
-    parts = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), *map(content_key, photos)]
+    return key_of(text, [content_key(photo) for photo in photos])
+
+
+def key_of(text: str, contents: Sequence[str]) -> str:
+    """A hash of a text and of what is in its photos, the content_key of each."""
+    parts = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), *contents]
     return hashlib.sha256("/".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 

@@ -31,6 +31,7 @@ settings = json.loads(sys.stdin.readline())
 if settings["answer"]["model_path"] == "broken":
     say({"broken": "no such model"})
     sys.exit(2)
+time.sleep(2.5 if settings["answer"]["model_path"] == "late" else 0)
 threading.Thread(target=sign, daemon=True).start()
 wording = {str(count): f"How large, by {count} photos? {{text}} In cm." for count in range(6)}
 say({"ready": {"model": "fake@1", "temperature": 0.7, "max_length": 64, "wording": wording}})

@@ -1,6 +1,7 @@
 """What can be asked over HTTP, and every way of being refused: one status each, one JSON form."""
 
 import asyncio
+import contextlib
 import json
 import random
 import socket
@@ -11,6 +12,7 @@ import pytest
 from loguru import logger
 
 from serving import data_url, png, serving
+from sheets.samples import Sample
 
 KEY = "a-key-of-more-than-16-characters"
 
@@ -28,6 +30,9 @@ def test_json_and_multipart_are_answered_alike(tmp_path):
             form = await place.client.post("/extract", data={"text": "mug & lid", "samples": "2", "id": "7"},
                                            files=[("photos", ("a.png", png(1))), ("photos", ("b.png", png(2)))])
             default = await place.ask("say {\"width\": 2, \"length\": 3000}")
+            (folder,) = (tmp_path / "state").glob("photos-*")
+            assert not list(folder.iterdir()), "photos go with their request"
+        assert not folder.exists()
         assert one.status_code == form.status_code == 200
         one, form, default = one.json(), form.json(), default.json()
         assert {**one, "ms": 0} == {**form, "ms": 0}
@@ -140,7 +145,7 @@ def test_hosts_and_other_sites(tmp_path):
             asking = {"json": {"text": "mug"}}
             here = f"http://127.0.0.1:{place.port}"
             assert (await place.client.post("/extract", **asking, headers={"Origin": here})).status_code == 200
-            for origin in ("https://evil.example", "null", "http://localhost:1"):
+            for origin in ("https://evil.example", "null", "http://localhost:1", "http://["):
                 answer = await place.client.post("/extract", **asking, headers={"Origin": origin})
                 is_error(answer, 403, "other_site")
                 assert "access-control-allow-origin" not in answer.headers
@@ -168,26 +173,45 @@ def test_keys(tmp_path):
                     assert answer.headers["www-authenticate"] == "Bearer"
             for path in ("/livez", "/health", "/"):
                 assert (await place.client.get(path, headers={"Authorization": ""})).status_code == 200
+            place.service.answerers[0].problem = "/srv/models/secret can't be read"
+            for key in ("", f"Bearer {KEY}x"):
+                strangers = (await place.client.get("/health", headers={"Authorization": key})).json()
+                assert strangers["workers"] == [{"state": "ready", "restarts": 0}] and "model" not in strangers
+                assert strangers["status"] == "ready" and strangers["limits"]["keys"] is True
+            own = (await place.client.get("/health")).json()
+            assert own["workers"][0]["problem"].startswith("/srv") and own["model"] == "fake@1"
             assert (await place.client.get("/v1/models?secret=1")).status_code == 200
         logger.remove(sink)
-        assert any("POST /extract 200" in line for line in said)
+        product = Sample(1, "-", "a secret text", (), (), "sheet", by_content=True).key[:16]
+        assert any("POST /extract 200 24 B in, " in line and f"product {product}, 13 characters, 0 photos" in line
+                   for line in said)
         assert not any(word in "".join(said) for word in ("secret", KEY, "another-key", "nowhere"))
     played(scene)
+
+
+async def until_closed(connection):
+    """What came on a connection until the other side closed it."""
+    said = b""
+    with contextlib.suppress(ConnectionError):  # what was sent meanwhile met a closed door
+        while some := await asyncio.get_running_loop().sock_recv(connection, 2 ** 16):
+            said += some
+    return said
 
 
 def test_a_body_that_comes_too_slowly_is_closed(tmp_path):
     async def scene():
         async with serving(tmp_path, body_seconds=0.3) as place:
-            reader, writer = await asyncio.open_connection("127.0.0.1", place.port)
-            writer.write(b"POST /extract HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                         b"Content-Length: 1000\r\n\r\n")
-            status = asyncio.ensure_future(reader.readline())
-            while not status.done():
-                writer.write(b"x")
-                await asyncio.sleep(0.05)
-            assert b"408" in status.result()
-            assert b"slow_body" in await reader.read()  # to the end: it is closed
-            writer.close()
+            loop = asyncio.get_running_loop()
+            with socket.create_connection(("127.0.0.1", place.port)) as connection:
+                connection.setblocking(False)
+                await loop.sock_sendall(connection, b"POST /extract HTTP/1.1\r\nHost: localhost\r\n"
+                                                    b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n")
+                said = asyncio.ensure_future(until_closed(connection))
+                while not said.done():
+                    with contextlib.suppress(ConnectionError):
+                        await loop.sock_sendall(connection, b"x")
+                    await asyncio.sleep(0.05)
+            assert b"408" in said.result() and b"slow_body" in said.result()
             assert place.service.waiting._admitted == 0
     played(scene)
 

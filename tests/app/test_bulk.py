@@ -58,7 +58,8 @@ def test_a_sheet_comes_back_with_its_answers(tmp_path):
             found = pd.read_excel(io.BytesIO(answer.content), dtype=str, keep_default_na=False)
             assert (await place.counts())["vlm_confidence_ratio_count"] == 3
             bad = (await send(place, b"colour\nred\n", "bad.csv")).json()["id"]
-            assert "text" in (await until(place, bad, "done", "failed"))["problem"]
+            problem = (await until(place, bad, "done", "failed"))["problem"]
+            assert problem.startswith("bad.csv") and "text" in problem and str(tmp_path) not in problem
             assert (await place.client.delete(f"/extract_sheet/{bad}")).status_code == 200
             assert (await place.client.delete(f"/extract_sheet/{key}")).status_code == 200
             is_error(await place.client.get(f"/extract_sheet/{key}"), 404, "no_such_sheet")

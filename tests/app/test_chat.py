@@ -95,6 +95,21 @@ def test_what_can_not_be_honoured_is_named(body, field):
     assert refused.value.status == 400 and refused.value.field == field
 
 
+def test_the_log_names_a_product_alike_however_it_is_asked(tmp_path, logged):
+    async def scene():
+        async with serving(tmp_path) as place:
+            form = [("photos", ("a.png", png(1))), ("photos", ("b.png", png(2)))]
+            assert (await place.client.post("/extract", data={"text": "mug"}, files=form)).status_code == 200
+            assert (await place.ask("mug", photos=[data_url(png(1)), data_url(png(2))])).status_code == 200
+            parts = message(PHOTO, {"type": "image_url", "image_url": {"url": data_url(png(2))}}, text())
+            assert (await place.client.post("/v1/chat/completions", json={"messages": parts})).status_code == 200
+            assert (await place.ask("mug", photos=[data_url(png(2)), data_url(png(1))])).status_code == 200
+    played(scene)
+    asked = [line.partition(", product ")[2].strip() for line in logged if "product " in line]
+    assert len(asked) == 4 and len(set(asked[:3])) == 1 and asked[3] != asked[0]
+    assert asked[0].endswith(", 3 characters, 2 photos")
+
+
 def test_photos_of_a_chat_are_looked_at_too(tmp_path):
     async def scene():
         async with serving(tmp_path) as place:

@@ -13,6 +13,7 @@ from app.refusals import Refusal
 from app.waiting import Product, Waiting
 from config import LimitOptions
 from serving import serving
+from test_api import is_error
 
 
 def play(scene):
@@ -68,6 +69,7 @@ def test_products_are_answered_together_as_they_come(tmp_path):
 def test_a_first_product_is_waited_with_for_others():
     async def scene():
         waiting = Waiting(LimitOptions(batch_wait_ms=60_000), Metrics())
+        waiting.takers = 1
         taking = asyncio.ensure_future(waiting.take(2))
         asks = [asyncio.ensure_future(waiting.ask(Product("mug")))]
         await asyncio.sleep(0.01)
@@ -83,6 +85,7 @@ def test_a_first_product_is_waited_with_for_others():
 def test_the_nearest_in_length_go_with_the_first():
     async def scene():
         waiting = Waiting(LimitOptions(batch_wait_ms=0), Metrics())
+        waiting.takers = 1
         asks = [asyncio.ensure_future(waiting.ask(Product("x" * length)))
                 for length in (100, 5000, 110, 4000, 90, 101)]
         sheets = [asyncio.ensure_future(waiting.ask_for_sheet(Product("of a sheet")))]
@@ -109,7 +112,8 @@ def test_a_full_queue_says_so_at_once(tmp_path):
             statuses = [answer.status_code for answer in answers]
             assert (statuses.count(200), statuses.count(429)) == (8, 92)
             refused = next(answer for answer in answers if answer.status_code == 429)
-            assert int(refused.headers["retry-after"]) >= 1 and refused.json()["error"]["code"] == "busy"
+            is_error(refused, 429, "busy")
+            assert int(refused.headers["retry-after"]) >= 1
             assert (await place.ask()).status_code == 200
     play(scene)
 
@@ -137,7 +141,7 @@ def test_an_answer_that_takes_too_long(tmp_path):
     async def scene():
         async with serving(tmp_path, deadline=0.5) as place:
             answer = await place.ask(f"until {tmp_path / 'gate'}")
-            assert answer.status_code == 504 and answer.json()["error"]["code"] == "too_slow"
+            is_error(answer, 504, "too_slow")
             (tmp_path / "gate").touch()
             while (await place.ask()).status_code != 200:
                 pass
@@ -172,13 +176,43 @@ def test_a_lost_worker_is_said_at_once_and_started_again(tmp_path, text, why, li
         async with serving(tmp_path, **limits) as place:
             process = place.service.answerers[0]
             answer = await place.ask(text)
-            assert answer.status_code == 503 and answer.json()["error"]["code"] == "worker_lost"
-            assert answer.headers["retry-after"] and (await place.ask()).json()["error"]["code"] == "not_ready"
+            is_error(answer, 503, "worker_lost")
+            is_error(await place.ask(), 503, "not_ready")
+            assert answer.headers["retry-after"]
             health = await place.client.get("/health")
             assert health.status_code == 503 and why in process.problem
             await place.until_ready()
             assert (await place.ask()).status_code == 200 and process.restarts == 1
             assert (await place.counts())['vlm_worker_restarts_total{worker="auto"}'] == 1
+    play(scene)
+
+
+def test_a_worker_may_be_silent_while_it_starts(tmp_path):
+    async def scene():
+        async with serving(tmp_path, model_path="late", silent_seconds=1) as place:
+            assert place.service.answerers[0].restarts == 0
+    play(scene)
+
+
+def test_a_request_that_was_being_read_when_the_worker_was_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(app.crew, "_FIRST_PAUSE", 2.0)
+
+    async def scene():
+        async with serving(tmp_path) as place:
+            process, read = place.service.answerers[0], asyncio.Event()
+
+            async def body():
+                yield b'{"text": '
+                await read.wait()
+                yield b'"mug"}'
+            reading = asyncio.ensure_future(place.client.post("/extract", content=body(),
+                                                              headers={"content-type": "application/json"}))
+            while not place.service.waiting._admitted:
+                await asyncio.sleep(0.01)
+            assert (await place.ask("die")).status_code == 503
+            read.set()
+            is_error(await reading, 503, "not_ready")
+            assert process.state != "ready"
     play(scene)
 
 

@@ -1,6 +1,8 @@
 """Options of the service that can't work, or aren't safe, are refused before anything is loaded."""
 
+import re
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,8 @@ from app.server import demo_model, listen
 from config import ServiceOptions
 from ground.errors import OptionError
 from ground.options import check_options
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(("changes", "said"), [
@@ -58,3 +62,16 @@ def test_a_port_that_is_taken():
         assert taken.proto == socket.IPPROTO_TCP, "each answer would be 40 ms late"
         with pytest.raises(OptionError, match="give another --port"):
             listen("127.0.0.1", taken.getsockname()[1])
+
+
+def test_the_readme_asks_with_photos_that_the_demo_draws(tmp_path):
+    import random
+
+    import demo
+
+    rng = random.Random(0)
+    demo.write_catalogue(tmp_path, "held_out", (demo.draw_product(rng) for _ in range(13)), rng)
+    drawn = {path.name for path in (tmp_path / "image_cache").iterdir()}
+    for name in ("README.md", "README_zh.md"):
+        asked = re.findall(r"@demo/image_cache/(\S+)", (ROOT / name).read_text(encoding="utf-8"))
+        assert len(asked) == 2 and set(asked) <= drawn

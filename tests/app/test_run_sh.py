@@ -86,7 +86,9 @@ def test_a_killed_service_is_dead_and_can_be_started(run):
         time.sleep(0.01)
     status, said = run("status")
     assert status == 1 and "dead" in said
+    (run.state / "photos-x").mkdir()
     status, said = run("start")
+    assert not (run.state / "photos-x").exists(), "what its requests had brought"
     assert status == 0 and "gone without having been stopped" in said and run("status")[0] == 0
 
 

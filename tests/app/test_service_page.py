@@ -85,6 +85,11 @@ def test_a_person_asks(tmp_path):
             await page.get_by_text("No size could be read").wait_for()
             assert await page.locator("#result .chip").inner_text() == "Please check this one"
 
+            await page.fill("#text", 'say {"length": 40, "width": 0}')
+            await page.click("#ask")
+            await page.get_by_text("No box: a side is missing.").wait_for()
+            assert await page.locator("#result svg").count() == 0
+
             await page.fill("#text", "bad photo")
             await page.click("#ask")
             await page.get_by_text("photos[0]: it is damaged.").wait_for()
@@ -99,7 +104,7 @@ def test_a_person_asks(tmp_path):
             await page.click("#language")
             assert await page.title() == "商品尺寸" and await page.locator("html").get_attribute("lang") == "zh-CN"
             await page.reload()
-            assert await page.locator("#history button").count() == 2  # the history stays, in the browser
+            assert await page.locator("#history button").count() == 3  # the history stays, in the browser
             await page.click("#forget")
             assert await page.locator("#history button").count() == 0
     played(scene)
