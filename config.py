@@ -142,7 +142,8 @@ class RolloutOptions:
            "of the update; for when zero_variance_share is high, so that few groups steer a step; 0: all are kept, and "
            "such groups add their KL term alone", within="[0, inf)")
     rollout_batch_size: int = option(
-        4, "products sampled together, halved where memory runs out; more is faster", within="(0, inf)")
+        0, "products sampled together, halved where memory runs out; more is faster; 0: all of a step that fit a GPU, "
+           "4 on a CPU", within="[0, inf)")
     prompt_cache_mb: int = option(
         512, "host memory for prepared prompts and photos, kept or ahead of time, in MiB", within="[0, inf)")
 

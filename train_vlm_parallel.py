@@ -49,7 +49,7 @@ from models.trainable import parameter_table, set_trainable
 from own_reward import Scorer
 from prompts import read_template
 from replay_buffer import Experience, ReplayBuffer
-from rollout import Group, PromptEncoder, RolloutFailure, rollout_groups, sample_flat_again
+from rollout import Group, PromptEncoder, RolloutFailure, products_together, rollout_groups, sample_flat_again
 from sheets.order import products_of_step
 from sheets.samples import DataError, Sample
 from training.checkpoint import find_resume, is_better, keep_best, read_best, read_state, save_checkpoint
@@ -161,7 +161,7 @@ def roll_out(run: Run, products: Sequence[Sample], options: TrainOptions, seed: 
     """Sample and score a group for each product; also returns those to train on, and what failed."""
     def sample(some: Sequence[Sample], own_seed: str) -> tuple[list[Group], list[RolloutFailure]]:
         groups, failures = rollout_groups(run.encoder, some, options.group_size, options.temperature,
-                                          options.max_length, own_seed, options.rollout_batch_size)
+                                          options.max_length, own_seed, products_together(options, run.policy))
         run.scorer.rescore(groups)
         return groups, failures
 
@@ -290,7 +290,7 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
         run.writer = Curves(options.log_dir, purge_step=run.start + 1 if resume_from else 0)
         run.writer.log_options(options, run.start)
     if options.preflight and run.start < options.max_steps:
-        preflight(learner, encoder, products, options)
+        preflight(learner, reference, shares_vision, encoder, products, options)
     if options.eval_every and held_out and not resume_from:
         log_evaluation(run, options, 0)
     return run
@@ -335,7 +335,8 @@ def log_evaluation(run: Run, options: TrainOptions, step: int) -> list[Record]:
     with gathered(run.policy):
         records, failures = evaluate(run.encoder, run.held_out[run.processes.rank::run.processes.world],
                                      options.eval_samples, options.temperature, options.max_length, options.seed,
-                                     options.rollout_batch_size, run.scorer, show=run.processes.main)
+                                     products_together(options, run.policy), run.scorer,
+                                     show=run.processes.main)
         if run.writer:
             log_held_out(run.writer, run.encoder, run.held_out, options, run.scorer, step)
     warn_of_failures("held-out", failures)
