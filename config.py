@@ -65,6 +65,10 @@ class ModelOptions:
     sharding: Literal["none", "fsdp"] = option(
         "none", "with several processes, none: each holds all weights and gradients; fsdp: each holds its share of "
                 "them")
+    offload: bool = option(
+        False, "with sharding fsdp, on one GPU too: leave weights, gradients and Adam's moments in the host's memory, "
+               "which takes a step of the optimizer as well, and bring one layer after the other to the GPU; slower, "
+               "for GPUs with little memory")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "compute dtype; trainable weights stay float32; auto takes bfloat16 on a GPU that has it, else "
                 "float32; on a GPU products of float32 matrices are taken in TF32")
@@ -146,7 +150,8 @@ class RolloutOptions:
            "of the update; for when zero_variance_share is high, so that few groups steer a step; 0: all are kept, and "
            "such groups add their KL term alone", within="[0, inf)")
     rollout_batch_size: int = option(
-        4, "products sampled together, halved where memory runs out; more is faster", within="(0, inf)")
+        0, "products sampled together, halved where memory runs out; more is faster; 0: all of a step that fit a GPU, "
+           "4 on a CPU", within="[0, inf)")
     prompt_cache_mb: int = option(
         512, "host memory for prepared prompts and photos, kept or ahead of time, in MiB; five photos of 800 x 800 "
              "pixels take about 60", within="[0, inf)")
@@ -210,6 +215,9 @@ class LossOptions:
 class OptimizerOptions:
     """Optimizer"""
 
+    optimizer: Literal["adamw", "adamw_8bit"] = option(
+        "adamw", "adamw_8bit: AdamW with its moments in 8 bits, 2 bytes a number that trains instead of 8; needs "
+                 "bitsandbytes, not with sharding")
     lr: float = option(5e-6, "AdamW's peak learning rate", within="(0, inf)")
     sft_lr: float | None = option(
         None, "peak learning rate in the supervised steps of sft_steps; its course is the same, counted over all "

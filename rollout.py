@@ -15,6 +15,7 @@ from loguru import logger
 from PIL import Image
 from torch import Tensor
 
+from config import TrainOptions
 from ground.errors import UserError
 from models.family import Prompt, PromptParts
 from models.policy import Generation, Policy
@@ -211,6 +212,11 @@ def rollout(model: Any, tokenizer: Any, image_processor: Any, text: str, images:
         features = policy.photo_features([prompt])
     generation = policy.sample([prompt], features, uniforms, temperature)
     return _cut_groups(policy, [None], [prompt], features, generation, [ground_truth])[0]
+
+
+def products_together(options: TrainOptions, policy: Policy) -> int:
+    """How many products a run samples together at most; what does not fit is halved."""
+    return options.rollout_batch_size or (4 if policy.device.type == "cpu" else options.batch_size)
 
 
 def rollout_groups(encoder: PromptEncoder, samples: Sequence[Sample], group_size: int, temperature: float | None,

@@ -37,10 +37,20 @@ from evidence.evaluation import Record, blank_photos, evaluate, summarise
 from ground.errors import OptionError
 from ground.options import check_reference, write_options
 from loss import VLM_GRPOLoss, decoupled_advantages, group_advantages
+from models.footprint import splits
 from models.loading import settle_dtype
 from models.policy import Policy
 from models.preparing import worker_count
-from models.processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
+from models.processes import (
+    Interruption,
+    Processes,
+    interruptible,
+    join,
+    join_alone,
+    launch,
+    leave,
+    started_by_torchrun,
+)
 from models.sharding import (
     gathered,
     load_optimizer_state,
@@ -53,7 +63,7 @@ from models.trainable import parameter_table, set_trainable
 from own_reward import Scorer
 from prompts import read_template
 from replay_buffer import Experience, ReplayBuffer
-from rollout import Group, PromptEncoder, RolloutFailure, rollout_groups, sample_flat_again
+from rollout import Group, PromptEncoder, RolloutFailure, products_together, rollout_groups, sample_flat_again
 from sheets.order import products_of_step
 from sheets.samples import DataError, Sample
 from training.checkpoint import find_resume, is_better, keep_best, read_best, read_state, save_checkpoint
@@ -116,6 +126,8 @@ class Run:
 def train(options: TrainOptions) -> Path | None:
     """Train from the start (or --resume) to max_steps; returns the last checkpoint's folder."""
     processes = join(options.device)
+    if options.offload:
+        join_alone(options.device)
     options = settle_dtype(options, options.device)
     check_reference(options)  # which knows only now whether the reference policy is held in bfloat16
     run = prepare(options, processes)
@@ -188,7 +200,7 @@ def roll_out(run: Run, products: Sequence[Sample], options: TrainOptions, seed: 
     """Sample and score a group for each product; also returns those to train on, and what failed."""
     def sample(some: Sequence[Sample], own_seed: str) -> tuple[list[Group], list[RolloutFailure]]:
         groups, failures = rollout_groups(run.encoder, some, options.group_size, options.temperature,
-                                          options.max_length, own_seed, options.rollout_batch_size)
+                                          options.max_length, own_seed, products_together(options, run.policy))
         run.scorer.rescore(groups)
         return groups, failures
 
@@ -329,7 +341,7 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     if options.sft_steps or options.sft_weight:
         check_lessons(policy, products, options.max_length)
     idle = lesson_idle = None
-    if options.sharding == "fsdp" and processes.world > 1:
+    if splits(options, processes.world):
         idle, lesson_idle = (make_idle(policy, answers, options.train_vision)
                              for answers in (answers_a_product(options), 1))
         shard(policy)  # under an adapter: others are split since their weights were read, and so is the reference
@@ -346,7 +358,7 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
         run.writer = Curves(options.log_dir, purge_step=run.start + 1 if resume_from else 0)
         run.writer.log_options(options, run.start)
     if options.preflight and run.start < options.max_steps:
-        preflight(learner, encoder, products, options)
+        preflight(learner, reference, shares_vision, encoder, products, options)
     if options.eval_every and held_out and not resume_from:
         log_evaluation(run, options, 0)
     return run
@@ -406,7 +418,8 @@ def log_evaluation(run: Run, options: TrainOptions, step: int) -> list[Record]:
     with gathered(run.policy):
         records, failures = evaluate(run.encoder, run.held_out[run.processes.rank::run.processes.world],
                                      options.eval_samples, options.temperature, options.max_length, options.seed,
-                                     options.rollout_batch_size, run.scorer, show=run.processes.main)
+                                     products_together(options, run.policy), run.scorer,
+                                     show=run.processes.main)
         if run.writer:
             log_held_out(run.writer, run.encoder, run.held_out, options, run.scorer, step)
     warn_of_failures("held-out", failures)

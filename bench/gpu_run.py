@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from config import TrainOptions
 from gpu_models import SIZES, GpuCase, random_model, random_weights
 from gpu_trace import idle_share, launches_a_token, multiply_adds, peak_flops, vision_work
 from meter import Meter
+from models.footprint import Work, footprint, shape_of
 from models.loading import DTYPES, choose_device, settle_dtype
 from models.policy import load_policy
 from models.preparing import worker_count
@@ -126,12 +126,8 @@ def measure(case: GpuCase, options: Any, folder: Path, processes: Processes) -> 
 
 
 def counted_gib(run: Run, settings: TrainOptions, prompt_tokens: int, photo_tokens: int, processes: Processes
-                ) -> float | None:
-    """The peak that docs/scaling.md counts, GiB; None where the program has no count."""
-    if find_spec("models.footprint") is None:
-        return None
-    from models.footprint import Work, footprint, shape_of
-
+                ) -> float:
+    """The peak that docs/scaling.md counts, GiB."""
     policy = run.policy
     vision = sum(parameter.numel() for module in policy.family.vision_modules(policy.model)
                  for parameter in module.parameters())

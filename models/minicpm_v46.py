@@ -11,7 +11,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, joined_on, prompt_ids, shrink
+from models.family import (
+    AtBirth,
+    Family,
+    ModelError,
+    Prompt,
+    chat_parts,
+    device_of,
+    joined_on,
+    prompt_ids,
+    shrink,
+)
 from models.weights import load_checked, native_class
 
 _MARKERS = ("image_token", "video_token", "image_start_token", "image_end_token", "slice_start_token",
@@ -65,7 +75,7 @@ class MiniCPMV46(Family):
         with_photos = [prompt for prompt in prompts if prompt.photos]
         if not with_photos:
             return [None] * len(prompts)
-        pixels = joined_on(model.device, [prompt.photos["pixel_values"] for prompt in with_photos], dim=-1)
+        pixels = joined_on(device_of(model), [prompt.photos["pixel_values"] for prompt in with_photos], dim=-1)
         sizes = torch.cat([prompt.photos["target_sizes"] for prompt in with_photos])  # stays on the CPU: only counted
         slices = model.model.get_image_features(pixels, sizes).pooler_output  # per slice (tokens, d)
         counts = [len(prompt.photos["target_sizes"]) for prompt in with_photos]

@@ -15,7 +15,17 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, joined_on, load_tokenizer, prompt_ids
+from models.family import (
+    AtBirth,
+    Family,
+    ModelError,
+    Prompt,
+    chat_parts,
+    device_of,
+    joined_on,
+    load_tokenizer,
+    prompt_ids,
+)
 from models.weights import load_checked, native_class
 from sheets.photos import PhotoError
 
@@ -70,7 +80,7 @@ class Qwen25VL(Family):
         with_photos = [prompt for prompt in prompts if prompt.photos]
         if not with_photos:
             return [None] * len(prompts)
-        pixels, grids = (joined_on(model.device, [prompt.photos[name] for prompt in with_photos])
+        pixels, grids = (joined_on(device_of(model), [prompt.photos[name] for prompt in with_photos])
                          for name in ("pixel_values", "image_grid_thw"))
         out = model.model.get_image_features(pixels, grids)
         counts = [int(self.photo_positions(model, prompt).sum()) for prompt in with_photos]

@@ -13,7 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, joined_on, load_tokenizer, prompt_ids
+from models.family import (
+    AtBirth,
+    Family,
+    ModelError,
+    Prompt,
+    chat_parts,
+    device_of,
+    joined_on,
+    load_tokenizer,
+    prompt_ids,
+)
 from models.weights import load_checked, native_class
 
 _PLACEHOLDER, _AROUND, _OVERVIEW = "<image>", "<fake_token_around_image>", "<global-img>"
@@ -76,7 +86,7 @@ class SmolVLM(Family):
         with_photos = [prompt for prompt in prompts if prompt.photos]
         if not with_photos:
             return [None] * len(prompts)
-        frames = joined_on(model.device, [prompt.photos["pixel_values"] for prompt in with_photos], dim=1)
+        frames = joined_on(device_of(model), [prompt.photos["pixel_values"] for prompt in with_photos], dim=1)
         features = torch.cat(model.model.get_image_features(frames).pooler_output)  # (tokens, d)
         counts = [int(self.photo_positions(model, prompt).sum()) for prompt in with_photos]
         split = iter(features.split(counts))

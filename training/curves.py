@@ -22,7 +22,7 @@ from models.processes import Processes
 from own_reward import Scorer
 from replay_buffer import Experience
 from reward import SUCCESS_REWARD, RewardParts
-from rollout import Group, PromptEncoder, rollout_groups
+from rollout import Group, PromptEncoder, products_together, rollout_groups
 from sheets.samples import PhotoError, Sample, load_photos
 
 HELD_OUT_SHOWN = 3  # held-out products whose candidates are shown at each evaluation, always the same
@@ -241,7 +241,7 @@ def log_held_out(writer: Curves, encoder: PromptEncoder, held_out: Sequence[Samp
     if not options.show_every:
         return
     groups, _ = rollout_groups(encoder, held_out[:HELD_OUT_SHOWN], options.group_size, options.temperature,
-                               options.max_length, f"shown/{options.seed}", options.rollout_batch_size)
+                               options.max_length, f"shown/{options.seed}", products_together(options, encoder.policy))
     scorer.rescore(groups)
     shown_rewards = torch.tensor([reward for group in groups for reward in group.rewards])
     advantages = [group_advantages(torch.tensor(group.rewards), std_floor=options.std_floor,

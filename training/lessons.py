@@ -14,7 +14,7 @@ from models.policy import Policy
 from models.sharding import gathered
 from prompts import write_answer
 from replay_buffer import Experience, join_experiences
-from rollout import PromptEncoder, PromptError, RolloutFailure
+from rollout import PromptEncoder, PromptError, RolloutFailure, products_together
 from sheets.samples import PhotoError, Sample
 from sizes.labels import Label
 
@@ -53,7 +53,7 @@ def encode(encoder: PromptEncoder, products: Sequence[Sample], options: TrainOpt
 
     with torch.no_grad(), gathered(encoder.policy):
         for some, features in encoder.policy.sampled_together.passes(prompts, encode_photos, "encoding photos",
-                                                                     options.rollout_batch_size):
+                                                                     products_together(options, encoder.policy)):
             if features is None:
                 failures.append(RolloutFailure(products[some[0][0]], "out of memory while encoding its photos; smaller "
                                                "or fewer photos take less"))

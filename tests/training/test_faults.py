@@ -27,7 +27,7 @@ from runs import one_step, tags, train_options, weights, write_shop
 from sheets.photos import PhotoError
 from training import checkpoint, curves
 from training.checkpoint import find_damage, list_checkpoints, write_checksums
-from training.preflight import GIB, largest_product, moments_to_come, products_that_fit, refuse_too_large
+from training.preflight import largest_product
 
 
 @pytest.fixture(scope="module")
@@ -397,33 +397,3 @@ def test_the_largest_product_has_the_longest_prompt(shop, tmp_path):
     lengths = [len(run.encoder.encode(product).input_ids) for product in run.products]
     assert len(prompt.input_ids) == max(lengths) > min(lengths) and sample in run.products
     assert largest_product(run.encoder, []) == (None, None)
-
-
-def test_adams_moments_are_foretold(shop, tmp_path):
-    options = train_options(shop, tmp_path)
-    run, buffer = one_step(options)
-    foretold = moments_to_come(run.learner)
-    assert foretold == 2 * 4 * sum(parameter.numel() for parameter in run.learner.parameters) > 0
-    update.update(run.learner, buffer, options, step=0)
-    moments = [value for state in run.learner.optimizer.state.values() for name, value in state.items()
-               if name.startswith("exp_avg")]
-    assert sum(value.numel() * value.element_size() for value in moments) == foretold
-    assert moments_to_come(run.learner) == 0
-
-
-@pytest.mark.parametrize(("peak", "moments", "fits"), [
-    (30, 0, 7),     # 90 % of 100, 20 held: 70 for passes of 10
-    (30, 8, 6),     # 62
-    (110, 0, 0),    # not even one
-    (30, 75, 0),    # nor where the moments take the room
-    (21, 0, 16),    # 70 would fit; no more than a minibatch
-    (20, 0, 16),
-])
-def test_products_that_fit(peak, moments, fits):
-    assert products_that_fit(total=100, held=20, peak=peak, moments=moments, most=16) == fits
-
-
-def test_moments_that_leave_no_room_are_refused():
-    refuse_too_large(fits=1, total=80 * GIB, peak=70 * GIB, moments=60 * GIB)
-    with pytest.raises(ModelError, match="takes 30.0 GiB and Adam's moments 60.0 more; the GPU has 80.0.*--lora_rank"):
-        refuse_too_large(fits=0, total=80 * GIB, peak=30 * GIB, moments=60 * GIB)

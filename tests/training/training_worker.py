@@ -57,12 +57,14 @@ CASES = {
     "fsdp, look": {**LOOK, "sharding": "fsdp"},
     "none, options": LEARNING,
     "fsdp, options": {**LEARNING, "sharding": "fsdp"},
+    "fsdp, offload": {"sharding": "fsdp", "offload": True},
 }
 RESUMED = {  # from what one process began
     "none, resumed": {},
     "fsdp, resumed": {"sharding": "fsdp"},
     "fsdp, options, resumed": {**LEARNING, "sharding": "fsdp"},
     "fsdp, supervised, LoRA, resumed": {**SUPERVISED, "lora_rank": 4, "sharding": "fsdp"},
+    "fsdp, offload, resumed": {"sharding": "fsdp", "offload": True},
 }
 
 
