@@ -208,6 +208,10 @@ class OptimizerOptions:
     micro_batch_size: int = option(
         1, "products a forward and backward pass, halved where memory runs out; changes memory and speed, not the "
            "result; 0 starts with what fits the GPU (on a CPU, with all)", within="[0, inf)")
+    reduce_once: bool = option(
+        False, "with sharding, add gradients up over the processes once an optimizer step instead of after each pass: "
+               "less to send where the network is slow, but until then each GPU holds the whole gradient, 4 bytes for "
+               "each number that trains; adapters are added up once in any case")
     max_bad_steps: int = option(
         5, "stop after so many steps in a row without an optimizer step: no answers, none that counts, or no finite "
            "loss and gradient", within="(0, inf)")

@@ -58,7 +58,16 @@ from training.guard import check_fast_path
 from training.preflight import preflight
 from training.provenance import write_start, write_summary
 from training.setup import fetch_photos, load_models, load_products, set_up_log
-from update import Learner, learning_rate, log_probs_under, make_idle, make_learner, set_learning_rate, update
+from update import (
+    Learner,
+    allocate_state,
+    learning_rate,
+    log_probs_under,
+    make_idle,
+    make_learner,
+    set_learning_rate,
+    update,
+)
 
 
 class BadRun(RuntimeError):
@@ -291,6 +300,8 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
         run.writer.log_options(options, run.start)
     if options.preflight and run.start < options.max_steps:
         preflight(learner, encoder, products, options)
+    if not learner.optimizer.state:
+        allocate_state(learner)
     if options.eval_every and held_out and not resume_from:
         log_evaluation(run, options, 0)
     return run

@@ -7,7 +7,6 @@ gradients are averaged, and each optimizer step happens in all or in none.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from models.family import ModelError, Prompt
 from models.memory import PassSize
 from models.policy import Policy
 from models.processes import Processes
-from models.sharding import gathered, whole
+from models.sharding import Lockstep, gathered, whole
 from models.trainable import warn_without_gradient
 from replay_buffer import Experience, ReplayBuffer, join_experiences
 
@@ -39,11 +38,23 @@ class Learner:
     processes: Processes = field(default_factory=Processes)
     passes: PassSize = field(default_factory=lambda: PassSize(1))  # --micro_batch_size, or less
     idle: Experience | None = None  # what a process computes that has nothing of its own, where weights are sharded
+    lockstep: Lockstep | None = None  # there, too
 
     @property
     def sharded(self) -> bool:
         """Whether each process holds only a share of the weights."""
-        return self.idle is not None
+        return self.lockstep is not None
+
+    def begin_pass(self, reduces: bool) -> None:
+        """Begin a forward and backward pass, in all processes. reduces: see Lockstep."""
+        if self.lockstep:
+            self.lockstep.begin_pass(reduces)
+
+    def forget_gradients(self) -> None:
+        """Drop every gradient, also those that a later pass would reduce."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.lockstep:
+            self.lockstep.forget_gradients()
 
 
 def make_learner(policy: Policy, parameters: list[nn.Parameter], options: TrainOptions,
@@ -53,7 +64,8 @@ def make_learner(policy: Policy, parameters: list[nn.Parameter], options: TrainO
                              options.max_length, options.mask_truncated, ratio_level=options.ratio_level,
                              clip_ratio_c=options.clip_ratio_c, entropy_weight=options.entropy_weight)
     return Learner(policy, parameters, make_optimizer(parameters, options), objective, processes or Processes(),
-                   PassSize(options.micro_batch_size or options.minibatch_size or options.batch_size), idle)
+                   PassSize(options.micro_batch_size or options.minibatch_size or options.batch_size), idle,
+                   Lockstep(policy) if idle else None)
 
 
 def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: int) -> dict[str, float]:
@@ -173,7 +185,8 @@ def backward(learner: Learner, minibatch: Sequence[Experience], options: TrainOp
     on_policy: this is the only minibatch since sampling. In bfloat16 the log-probs of sampling and of this pass differ
     by rounding, so the ratio is then taken against those of this pass. first_ratio and log_prob_gap are against those
     of the buffer.
-    Where memory runs out, all of it is done again with passes of half as many products, each process by itself.
+    Where memory runs out, all of it is done again with passes of half as many products: in all processes together
+    where weights are sharded, else in each by itself.
     """
     policy, objective, processes = learner.policy, learner.objective, learner.processes
     counted = torch.tensor([sum(int(objective.size(item)) for item in minibatch),
@@ -182,64 +195,91 @@ def backward(learner: Learner, minibatch: Sequence[Experience], options: TrainOp
     if not size:
         return {}
     while True:
-        try:
-            sums, gap = accumulate(learner, minibatch, options, on_policy, size, tokens)
+        sums, shortage = accumulate(learner, minibatch, options, on_policy, size, tokens)
+        shortages = list(filter(None, processes.gather(shortage) if learner.sharded else [shortage]))
+        if not shortages:
             break
-        except torch.OutOfMemoryError as error:
-            problem, sources = str(error), getattr(error, "__notes__", [])
-        # Outside of the except block: the error holds on to what the pass had computed.
-        learner.optimizer.zero_grad(set_to_none=True)
-        taken = min(learner.passes.products or 1, len(minibatch))
-        if learner.sharded and taken > 1:  # other processes wait inside of this pass, which can't be taken up again
-            raise ModelError(f"out of memory with {taken} products a pass: go on with --resume auto --micro_batch_size "
-                             f"{taken // 2} ({problem.splitlines()[0]})")
-        if not learner.passes.halve(taken, "updating", problem):
-            raise no_memory(sources)
+        learner.forget_gradients()
+        least = min(shortages, key=lambda each: each.products)
+        if not learner.passes.halve(least.products, "updating", least.problem):
+            raise no_memory(least.sources)
+    gap = sums.pop("log_prob_gap")
     totals = processes.total(torch.stack(list(sums.values()))).tolist()
     return dict(zip(sums, totals, strict=True)) | {"log_prob_gap": processes.most(float(gap))}
 
 
+@dataclass(frozen=True)
+class Shortage:
+    """A pass of an update that ran out of memory."""
+
+    products: int  # a pass at most
+    sources: list[str]  # of those that it befell
+    problem: str
+
+
 def accumulate(learner: Learner, minibatch: Sequence[Experience], options: TrainOptions, on_policy: bool, size: Tensor,
-               tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Run every micro-batch forward and backward; returns this process's share of the metrics, and its largest gap.
+               tokens: Tensor) -> tuple[dict[str, Tensor], Shortage | None]:
+    """Run every micro-batch forward and backward; returns this process's share of the metrics, its largest
+    log_prob_gap, and the shortage of memory that spoilt all of it.
 
     size, tokens: what the loss and the metrics are means over, in all processes.
     """
-    policy, objective, processes = learner.policy, learner.objective, learner.processes
-    names = ("ratio", "clip_fraction", "entropy", *(["kl_divergence"] if options.kl_weight else []))
-    sums = {name: torch.zeros((), device=policy.device) for name in ("total_loss", "first_ratio", *names)}
-    gap = torch.zeros((), device=policy.device)
+    names = ("total_loss", "first_ratio", "log_prob_gap", "ratio", "clip_fraction", "entropy",
+             *(["kl_divergence"] if options.kl_weight else []))
+    sums = {name: torch.zeros((), device=learner.policy.device) for name in names}
     batches = list(micro_batches(minibatch, learner.passes.products or 1))
-    passes = processes.most(len(batches)) if learner.sharded else len(batches)
+    passes = learner.processes.most(len(batches)) if learner.sharded else len(batches)
+    shortage = None
     for index in range(passes):
-        items = batches[index] if index < len(batches) else []
-        with named(items):
-            batch, log_probs, entropy = log_probs_of(learner, items, options)
-            if batch is None:
-                (0.0 * log_probs.sum()).backward()
-                continue
-            gap = torch.maximum(gap, (log_probs.detach() - batch.old_log_probs).abs().max())
-            share = objective.mask(batch).sum() / tokens
-            sums["first_ratio"] += objective.mean_ratio(log_probs.detach(), batch) * share
-            if on_policy and policy.dtype != torch.float32:
-                batch.old_log_probs = log_probs.detach()
-            terms = objective.terms(log_probs, batch, entropy)
-            loss = terms.total_loss * (objective.size(batch) / size)
-            (loss * processes.world).backward()  # gradients are averaged over the processes, the loss is summed
-            sums["total_loss"] += loss.detach()
-            for name in names:
-                sums[name] += getattr(terms, name).detach() * share
-    return sums, gap
+        items = batches[index] if index < len(batches) and not shortage else []
+        learner.begin_pass(reduces=not options.reduce_once or index + 1 == passes)
+        problem = None
+        try:
+            differentiate(learner, items, options, on_policy, size, tokens, sums)
+        except torch.OutOfMemoryError as error:
+            problem = str(error)
+        if problem is None:
+            continue
+        # Outside of the except block: the error holds on to what the pass had computed.
+        shortage = Shortage(min(learner.passes.products or 1, len(minibatch)),
+                            [source for item in items for source in item.sources], problem)
+        if not learner.sharded:
+            break
+        catch_up(learner, options)
+    return sums, shortage
 
 
-@contextmanager
-def named(items: Sequence[Experience]) -> Iterator[None]:
-    """Let an error for want of memory name the products that it befell."""
+def differentiate(learner: Learner, items: Sequence[Experience], options: TrainOptions, on_policy: bool, size: Tensor,
+                  tokens: Tensor, sums: dict[str, Tensor]) -> None:
+    """Run a micro-batch forward and backward, and add its share to the metrics; see accumulate."""
+    objective = learner.objective
+    batch, log_probs, entropy = log_probs_of(learner, items, options)
+    if batch is None:
+        (0.0 * log_probs.sum()).backward()
+        return
+    gap = (log_probs.detach() - batch.old_log_probs).abs().max()
+    share = objective.mask(batch).sum() / tokens
+    first_ratio = objective.mean_ratio(log_probs.detach(), batch) * share
+    if on_policy and learner.policy.dtype != torch.float32:
+        batch.old_log_probs = log_probs.detach()
+    terms = objective.terms(log_probs, batch, entropy)
+    loss = terms.total_loss * (objective.size(batch) / size)
+    (loss * learner.processes.world).backward()  # gradients are averaged over the processes, the loss is summed
+    sums["log_prob_gap"] = torch.maximum(sums["log_prob_gap"], gap)
+    sums["first_ratio"] += first_ratio
+    sums["total_loss"] += loss.detach()
+    for name in sums.keys() - {"log_prob_gap", "first_ratio", "total_loss"}:
+        sums[name] += getattr(terms, name).detach() * share
+
+
+def catch_up(learner: Learner, options: TrainOptions) -> None:
+    """After a sharded pass that ran out of memory here, take part in what it still holds for the other processes."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     try:
-        yield
-    except torch.OutOfMemoryError as error:
-        error.__notes__ = [source for item in items for source in item.sources]
-        raise
+        learner.lockstep.make_up(lambda: (0.0 * log_probs_of(learner, [], options)[1].sum()).backward())
+    except torch.OutOfMemoryError as problem:
+        raise no_memory([]) from problem
 
 
 def log_probs_of(learner: Learner, items: Sequence[Experience], options: TrainOptions
@@ -293,11 +333,40 @@ def by_length(items: Sequence[Experience]) -> list[Experience]:
 
 
 def make_optimizer(parameters: Sequence[Tensor], options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
+    """AdamW with weight decay on matrices only.
+
+    On a GPU in one kernel: it needs no memory beside the moments, so that no step ends half-way for want of it.
+    """
     matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
     vectors = [parameter for parameter in parameters if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.adam_betas, eps=options.adam_eps)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.adam_betas, eps=options.adam_eps,
+                             fused=parameters[0].device.type == "cuda" or None)
+
+
+def allocate_state(learner: Learner) -> None:
+    """Let the optimizer allocate what it keeps, by a step that moves nothing: a later one then finds all that it needs.
+
+    All processes call this, before the first step. Raises ModelError in all of them where one has no room for it.
+    """
+    optimizer, problem = learner.optimizer, None
+    rates = [group["lr"] for group in optimizer.param_groups]
+    set_learning_rate(optimizer, 0.0)
+    try:
+        for parameter in learner.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    except torch.OutOfMemoryError as error:
+        problem = str(error).partition("\n")[0]
+    optimizer.zero_grad(set_to_none=True)
+    problems = list(filter(None, learner.processes.gather(problem)))
+    if problems:
+        raise ModelError(f"no memory for gradients and Adam's moments ({problems[0]}); nothing has been trained yet: "
+                         "train less of the model (--lora_rank) or share it out (--sharding fsdp)")
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        state["step"].zero_()
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
