@@ -60,9 +60,10 @@ class ModelOptions:
     gpu_ids: tuple[int, ...] = option(
         (), "GPUs of this machine to train on, a process each: 0 1 2 3; default: the first one. For more machines: "
             "torchrun")
-    sharding: Literal["none", "fsdp"] = option(
+    sharding: Literal["none", "fsdp", "hsdp"] = option(
         "none", "with several processes, none: each holds all weights and gradients; fsdp: each holds its share of "
-                "them")
+                "them; hsdp: each holds its share of its machine's copy, so that between machines nothing goes but "
+                "gradients, once an optimizer step")
     dtype: Literal["float32", "bfloat16"] = option("float32", "compute dtype; trainable weights stay float32")
     num_threads: int | None = option(None, "CPU threads for torch; default: torch's own choice", within="(0, inf)")
 

@@ -41,7 +41,6 @@ from models.sharding import (
     gathered,
     load_optimizer_state,
     load_whole_weights,
-    shard,
     whole_optimizer_state,
     whole_weights,
 )
@@ -108,7 +107,7 @@ class Run:
 
 def train(options: TrainOptions) -> Path | None:
     """Train from the start (or --resume) to max_steps; returns the last checkpoint's folder."""
-    run = prepare(options, join(options.device))
+    run = prepare(options, join(options.device, options.sharding))
     per_step = options.batch_size * run.processes.world
     bar = tqdm(total=options.max_steps * per_step, initial=run.start * per_step, unit="product",
                disable=None if run.processes.main else True, dynamic_ncols=True)
@@ -285,10 +284,8 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     if not options.exact_path:
         check_fast_path(policy, reference, shares_vision, encoder, products, options, processes)
     idle = None
-    if options.sharding == "fsdp" and processes.world > 1:
+    if options.sharding != "none" and processes.world > 1:
         idle = make_idle(policy, options.group_size, options.train_vision)
-        shard(policy)  # under an adapter: others are split since their weights were read, and so is the reference
-        parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     learner = make_learner(policy, parameters, options, processes, idle)
     run = Run(learner, reference, shares_vision, encoder, scorer, None, products, held_out, last_saved=resume_from)
     if resume_from:

@@ -88,8 +88,7 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
             continue
         measured = {name: metrics.pop(name) for name in ("first_ratio", "log_prob_gap")}
         first = first or measured
-        if not learner.sharded:  # sharded gradients are averages already
-            learner.processes.average_gradients(learner.parameters)
+        learner.processes.average_gradients(learner.parameters)
         grad_norm = float(whole(nn.utils.clip_grad_norm_(learner.parameters, options.max_grad_norm)))
         if not (math.isfinite(metrics["total_loss"]) and math.isfinite(grad_norm)):
             skipped += 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor
@@ -21,30 +22,22 @@ from models.policy import Policy, Root, repeated_layers
 from models.weights import own_rows
 
 
-def splitter(dtype: torch.dtype) -> Callable[..., Root]:
-    """Give a function that splits a model's weights over the default process group and returns the root under which it
-    computes from now on, a given one or a new one.
+def splitter(dtype: torch.dtype, grid: DeviceMesh | None = None) -> Callable[..., Root]:
+    """Give a function that splits a model's weights over all processes, or over those of each machine of the grid, and
+    returns the root under which it computes from now on, a given one or a new one.
 
     dtype: that of matrix products. A model on meta reads only this process's share of its weights afterwards.
     """
     compute = torch.bfloat16 if dtype == torch.bfloat16 else None
-    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    how = dict(mesh=grid and grid["fsdp"], mp_policy=MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False))
 
     def split(model: nn.Module, root: Root | None = None) -> Root:
         for layer in repeated_layers(model):
-            fully_shard(layer, mp_policy=precision)
-        return fully_shard(root or Root(model), mp_policy=precision)
+            fully_shard(layer, **how)
+        return fully_shard(root or Root(model), **how)
 
     return split
-
-
-def shard(policy: Policy) -> None:
-    """Split a policy whose weights were read whole, as those under an adapter are, before its optimizer is made.
-
-    Does nothing to one that is split already.
-    """
-    if not is_split(policy):
-        splitter(policy.dtype)(policy.model, policy.root)
 
 
 @contextmanager
