@@ -62,9 +62,10 @@ class ModelOptions:
     gpu_ids: tuple[int, ...] = option(
         (), "GPUs of this machine to train on, a process each: 0 1 2 3; default: the first one. For more machines: "
             "torchrun")
-    sharding: Literal["none", "fsdp"] = option(
+    sharding: Literal["none", "fsdp", "hsdp"] = option(
         "none", "with several processes, none: each holds all weights and gradients; fsdp: each holds its share of "
-                "them")
+                "them; hsdp: each holds its share of its machine's copy, so that between machines nothing goes but "
+                "gradients, once an optimizer step")
     offload: bool = option(
         False, "with sharding fsdp, on one GPU too: leave weights, gradients and Adam's moments in the host's memory, "
                "which takes a step of the optimizer as well, and bring one layer after the other to the GPU; slower, "
@@ -238,6 +239,10 @@ class OptimizerOptions:
     micro_batch_size: int = option(
         1, "products a forward and backward pass, halved where memory runs out; changes memory and speed, not the "
            "result; 0 starts with what fits the GPU (on a CPU, with all)", within="[0, inf)")
+    reduce_once: bool = option(
+        False, "with sharding, add gradients up over the processes once an optimizer step instead of after each pass: "
+               "less to send where the network is slow, but until then each GPU holds the whole gradient, 4 bytes for "
+               "each number that trains; adapters are added up once in any case")
     max_bad_steps: int = option(
         5, "stop after so many steps in a row without an optimizer step: no answers, none that counts, or no finite "
            "loss and gradient", within="(0, inf)")

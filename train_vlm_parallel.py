@@ -55,7 +55,6 @@ from models.sharding import (
     gathered,
     load_optimizer_state,
     load_whole_weights,
-    shard,
     whole_optimizer_state,
     whole_weights,
 )
@@ -75,6 +74,7 @@ from training.provenance import write_start, write_summary
 from training.setup import fetch_photos, load_models, load_products, set_up_log
 from update import (
     Learner,
+    allocate_state,
     answers_a_product,
     learning_rate,
     log_probs_under,
@@ -125,7 +125,7 @@ class Run:
 
 def train(options: TrainOptions) -> Path | None:
     """Train from the start (or --resume) to max_steps; returns the last checkpoint's folder."""
-    processes = join(options.device)
+    processes = join(options.device, options.sharding)
     if options.offload:
         join_alone(options.device)
     options = settle_dtype(options, options.device)
@@ -344,8 +344,6 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     if splits(options, processes.world):
         idle, lesson_idle = (make_idle(policy, answers, options.train_vision)
                              for answers in (answers_a_product(options), 1))
-        shard(policy)  # under an adapter: others are split since their weights were read, and so is the reference
-        parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     learner = make_learner(policy, parameters, options, processes, idle)
     teacher = replace(learner, objective=VLM_GRPOLoss(options.clip_eps, 0.0, sft_weight=1.0), idle=lesson_idle)
     run = Run(learner, teacher, reference, shares_vision, encoder, scorer, None, products, held_out,
@@ -359,6 +357,8 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
         run.writer.log_options(options, run.start)
     if options.preflight and run.start < options.max_steps:
         preflight(learner, reference, shares_vision, encoder, products, options)
+    if not learner.optimizer.state:
+        allocate_state(learner)
     if options.eval_every and held_out and not resume_from:
         log_evaluation(run, options, 0)
     return run

@@ -7,7 +7,6 @@ gradients are averaged, and each optimizer step happens in all or in none.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from models.family import ModelError, Prompt
 from models.memory import PassSize
 from models.policy import Policy
 from models.processes import Processes
-from models.sharding import gathered, whole
+from models.sharding import Lockstep, gathered, whole
 from models.trainable import warn_without_gradient
 from replay_buffer import Experience, ReplayBuffer, join_experiences
 
@@ -39,11 +38,23 @@ class Learner:
     processes: Processes = field(default_factory=Processes)
     passes: PassSize = field(default_factory=lambda: PassSize(1))  # --micro_batch_size, or less
     idle: Experience | None = None  # what a process computes that has nothing of its own, where weights are sharded
+    lockstep: Lockstep | None = None  # there, too
 
     @property
     def sharded(self) -> bool:
         """Whether each process holds only a share of the weights."""
-        return self.idle is not None
+        return self.lockstep is not None
+
+    def begin_pass(self, reduces: bool) -> None:
+        """Begin a forward and backward pass, in all processes. reduces: see Lockstep."""
+        if self.lockstep:
+            self.lockstep.begin_pass(reduces)
+
+    def forget_gradients(self) -> None:
+        """Drop every gradient, also those that a later pass would reduce."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.lockstep:
+            self.lockstep.forget_gradients()
 
 
 def make_learner(policy: Policy, parameters: list[nn.Parameter], options: TrainOptions,
@@ -54,7 +65,8 @@ def make_learner(policy: Policy, parameters: list[nn.Parameter], options: TrainO
                              clip_ratio_c=options.clip_ratio_c, entropy_weight=options.entropy_weight,
                              sft_weight=options.sft_weight, look_weight=options.look_weight)
     return Learner(policy, parameters, make_optimizer(parameters, options), objective, processes or Processes(),
-                   PassSize(options.micro_batch_size or options.minibatch_size or options.batch_size), idle)
+                   PassSize(options.micro_batch_size or options.minibatch_size or options.batch_size), idle,
+                   Lockstep(policy) if idle else None)
 
 
 def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: int) -> dict[str, float]:
@@ -77,8 +89,7 @@ def update(learner: Learner, buffer: ReplayBuffer, options: TrainOptions, step: 
             continue
         measured = {name: metrics.pop(name) for name in ("first_ratio", "log_prob_gap") if name in metrics}
         first = first or measured
-        if not learner.sharded:  # sharded gradients are averages already
-            learner.processes.average_gradients(learner.parameters)
+        learner.processes.average_gradients(learner.parameters)
         grad_norm = float(whole(nn.utils.clip_grad_norm_(learner.parameters, options.max_grad_norm)))
         if not (math.isfinite(metrics["total_loss"]) and math.isfinite(grad_norm)):
             skipped += 1
@@ -181,7 +192,8 @@ def backward(learner: Learner, minibatch: Sequence[Experience], options: TrainOp
     on_policy: this is the only minibatch since sampling. In bfloat16 the log-probs of sampling and of this pass differ
     by rounding, so the ratio is then taken against those of this pass. first_ratio and log_prob_gap are against those
     of the buffer.
-    Where memory runs out, all of it is done again with passes of half as many products, each process by itself.
+    Where memory runs out, all of it is done again with passes of half as many products: in all processes together
+    where weights are sharded, else in each by itself.
     """
     policy, objective, processes = learner.policy, learner.objective, learner.processes
     counted = torch.tensor([sum(int(count(item).sum()) for item in minibatch) for count in
@@ -190,73 +202,98 @@ def backward(learner: Learner, minibatch: Sequence[Experience], options: TrainOp
     if not counts.any():
         return {}
     while True:
-        try:
-            sums, gap = accumulate(learner, minibatch, options, on_policy, counts)
+        sums, shortage = accumulate(learner, minibatch, options, on_policy, counts)
+        shortages = list(filter(None, processes.gather(shortage) if learner.sharded else [shortage]))
+        if not shortages:
             break
-        except torch.OutOfMemoryError as error:
-            problem, sources = str(error), getattr(error, "__notes__", [])
-        # Outside of the except block: the error holds on to what the pass had computed.
-        learner.optimizer.zero_grad(set_to_none=True)
-        taken = min(learner.passes.products or 1, len(minibatch))
-        if learner.sharded and taken > 1:  # other processes wait inside of this pass, which can't be taken up again
-            raise ModelError(f"out of memory with {taken} products a pass: go on with --resume auto --micro_batch_size "
-                             f"{taken // 2} ({problem.splitlines()[0]})")
-        if not learner.passes.halve(taken, "updating", problem):
-            raise no_memory(sources)
+        learner.forget_gradients()
+        least = min(shortages, key=lambda each: each.products)
+        if not learner.passes.halve(least.products, "updating", least.problem):
+            raise no_memory(least.sources)
+    gap = sums.pop("log_prob_gap")
     totals = processes.total(torch.stack(list(sums.values()))).tolist()
     metrics = dict(zip(sums, totals, strict=True)) | {"log_prob_gap": processes.most(float(gap))}
     known = {"total_loss": True, "supervised_loss": bool(counts[2])}
     return {name: value for name, value in metrics.items() if known.get(name, bool(counts[1]))}
 
 
+@dataclass(frozen=True)
+class Shortage:
+    """A pass of an update that ran out of memory."""
+
+    products: int  # a pass at most
+    sources: list[str]  # of those that it befell
+    problem: str
+
+
 def accumulate(learner: Learner, minibatch: Sequence[Experience], options: TrainOptions, on_policy: bool,
-               counts: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Run every micro-batch forward and backward; returns this process's share of the metrics, and its largest gap.
+               counts: Tensor) -> tuple[dict[str, Tensor], Shortage | None]:
+    """Run every micro-batch forward and backward; returns this process's share of the metrics, its largest
+    log_prob_gap, and the shortage of memory that spoilt all of it.
 
     counts: what the loss, the metrics and the supervised loss are means over, in all processes.
     """
-    policy, objective, processes = learner.policy, learner.objective, learner.processes
-    size, tokens, taught = counts.clamp(min=1)
-    names = ("ratio", "clip_fraction", "entropy", *(["kl_divergence"] if options.kl_weight else []),
-             *(["look"] if options.look_weight else []))
-    sums = {name: torch.zeros((), device=policy.device)
-            for name in ("total_loss", "first_ratio", "supervised_loss", *names)}
-    gap = torch.zeros((), device=policy.device)
+    names = ("total_loss", "first_ratio", "log_prob_gap", "supervised_loss", "ratio", "clip_fraction", "entropy",
+             *(["kl_divergence"] if options.kl_weight else []), *(["look"] if options.look_weight else []))
+    sums = {name: torch.zeros((), device=learner.policy.device) for name in names}
     batches = list(micro_batches(minibatch, learner.passes.products or 1))
-    passes = processes.most(len(batches)) if learner.sharded else len(batches)
+    passes = learner.processes.most(len(batches)) if learner.sharded else len(batches)
+    shortage = None
     for index in range(passes):
-        items = batches[index] if index < len(batches) else []
-        with named(items):
-            batch, log_probs, entropy, blind = log_probs_of(learner, items, options)
-            if batch is None:
-                (0.0 * log_probs.sum()).backward()
-                continue
-            gap = torch.maximum(gap, largest_gap(log_probs.detach(), batch))
-            share = objective.mask(batch).sum() / tokens
-            sums["first_ratio"] += objective.mean_ratio(log_probs.detach(), batch) * share
-            if on_policy and policy.rounds:
-                batch.old_log_probs = log_probs.detach()
-            terms = objective.terms(log_probs, batch, entropy, blind)
-            loss = terms.total_loss * (objective.size(batch) / size)
-            if batch.taught is not None:
-                supervised = objective.supervised(log_probs, batch) * (objective.taught_mask(batch).sum() / taught)
-                loss = loss + objective.sft_weight * supervised
-                sums["supervised_loss"] += supervised.detach()
-            (loss * processes.world).backward()  # gradients are averaged over the processes, the loss is summed
-            sums["total_loss"] += loss.detach()
-            for name in names:
-                sums[name] += getattr(terms, name).detach() * share
-    return sums, gap
+        items = batches[index] if index < len(batches) and not shortage else []
+        learner.begin_pass(reduces=not options.reduce_once or index + 1 == passes)
+        problem = None
+        try:
+            differentiate(learner, items, options, on_policy, counts, sums)
+        except torch.OutOfMemoryError as error:
+            problem = str(error)
+        if problem is None:
+            continue
+        # Outside of the except block: the error holds on to what the pass had computed.
+        shortage = Shortage(min(learner.passes.products or 1, len(minibatch)),
+                            [source for item in items for source in item.sources], problem)
+        if not learner.sharded:
+            break
+        catch_up(learner, options)
+    return sums, shortage
 
 
-@contextmanager
-def named(items: Sequence[Experience]) -> Iterator[None]:
-    """Let an error for want of memory name the products that it befell."""
+def differentiate(learner: Learner, items: Sequence[Experience], options: TrainOptions, on_policy: bool, counts: Tensor,
+                  sums: dict[str, Tensor]) -> None:
+    """Run a micro-batch forward and backward, and add its share to the metrics; see accumulate."""
+    objective = learner.objective
+    size, tokens, taught = counts.clamp(min=1)
+    batch, log_probs, entropy, blind = log_probs_of(learner, items, options)
+    if batch is None:
+        (0.0 * log_probs.sum()).backward()
+        return
+    gap = largest_gap(log_probs.detach(), batch)
+    share = objective.mask(batch).sum() / tokens
+    first_ratio = objective.mean_ratio(log_probs.detach(), batch) * share
+    if on_policy and learner.policy.rounds:
+        batch.old_log_probs = log_probs.detach()
+    terms = objective.terms(log_probs, batch, entropy, blind)
+    loss = terms.total_loss * (objective.size(batch) / size)
+    supervised = torch.zeros_like(loss)
+    if batch.taught is not None:
+        supervised = objective.supervised(log_probs, batch) * (objective.taught_mask(batch).sum() / taught)
+        loss = loss + objective.sft_weight * supervised
+    (loss * learner.processes.world).backward()  # gradients are averaged over the processes, the loss is summed
+    sums["log_prob_gap"] = torch.maximum(sums["log_prob_gap"], gap)
+    for name, value in (("first_ratio", first_ratio), ("total_loss", loss), ("supervised_loss", supervised)):
+        sums[name] += value.detach()
+    for name in sums.keys() & vars(terms).keys() - {"total_loss"}:
+        sums[name] += getattr(terms, name).detach() * share
+
+
+def catch_up(learner: Learner, options: TrainOptions) -> None:
+    """After a sharded pass that ran out of memory here, take part in what it still holds for the other processes."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     try:
-        yield
-    except torch.OutOfMemoryError as error:
-        error.__notes__ = [source for item in items for source in item.sources]
-        raise
+        learner.lockstep.make_up(lambda: (0.0 * log_probs_of(learner, [], options)[1].sum()).backward())
+    except torch.OutOfMemoryError as problem:
+        raise no_memory([]) from problem
 
 
 def log_probs_of(learner: Learner, items: Sequence[Experience], options: TrainOptions
@@ -339,6 +376,31 @@ def make_optimizer(parameters: Sequence[Tensor], options: TrainOptions) -> torch
     # One kernel, quick on a host too; torch's own choice on a GPU takes as much memory again as the weights.
     fused = True if options.offload or parameters and parameters[0].device.type == "cuda" else None
     return torch.optim.AdamW(groups, **settings, fused=fused)
+
+
+def allocate_state(learner: Learner) -> None:
+    """Let the optimizer allocate what it keeps, by a step that moves nothing: a later one then finds all that it needs.
+
+    All processes call this, before the first step. Raises ModelError in all of them where one has no room for it.
+    """
+    optimizer, problem = learner.optimizer, None
+    rates = [group["lr"] for group in optimizer.param_groups]
+    set_learning_rate(optimizer, 0.0)
+    try:
+        for parameter in learner.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    except torch.OutOfMemoryError as error:
+        problem = str(error).partition("\n")[0]
+    optimizer.zero_grad(set_to_none=True)
+    problems = list(filter(None, learner.processes.gather(problem)))
+    if problems:
+        raise ModelError(f"no memory for gradients and Adam's moments ({problems[0]}); nothing has been trained yet: "
+                         "train less of the model (--lora_rank) or share it out (--sharding fsdp)")
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        state["step"] = 0 * state["step"]  # a tensor, or a number with 8 bits
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:

@@ -283,6 +283,9 @@ def check_lora(options: TrainOptions) -> None:
     elif options.train_vision:
         raise OptionError("--train_vision and --lora_rank contradict each other: adapters are on the language "
                           "model only; take one")
+    elif options.quantize == "4bit" and options.sharding != "none":
+        raise OptionError(f"--quantize 4bit and --sharding {options.sharding} contradict each other: weights in 4 bits "
+                          "are whole in each process; take --sharding none, or --quantize none")
 
 
 def check_comparison(options: CompareOptions) -> None:

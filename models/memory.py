@@ -23,7 +23,7 @@ class PassSize:
             torch.cuda.empty_cache()
         if taken <= 1:
             return False
-        self.products = taken // 2
+        self.products = min(taken // 2, self.products or taken)
         logger.warning(f"out of memory with {taken} products a pass while {doing}: going on with {self.products} "
                        f"({problem.splitlines()[0] if problem else 'no more is known'})")
         return True

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from loguru import logger
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from ground.errors import OptionError
 from models.family import ModelError
@@ -34,6 +36,7 @@ class Processes:
 
     rank: int = 0
     world: int = 1
+    grid: DeviceMesh | None = None  # "machines" by "fsdp": weights are split inside of a machine only
 
     @property
     def main(self) -> bool:
@@ -74,32 +77,51 @@ class Processes:
         return values
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace every gradient by its mean over all processes; one that only some have counts as 0 in the others."""
+        """Replace every gradient by its mean over all processes; one that only some have counts as 0 in the others.
+
+        Those of what is split are means over the processes that share it already.
+        """
         if self.world == 1:
             return
+        split = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+        if len(split) < len(parameters):
+            self._average_whole([parameter for parameter in parameters if not isinstance(parameter, DTensor)])
+        if self.grid is not None:
+            _average([parameter.grad.to_local() for parameter in split if parameter.grad is not None],
+                     self.grid.get_group("machines"))
+
+    def _average_whole(self, parameters: Sequence[nn.Parameter]) -> None:
         held = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.float32,
                             device=parameters[0].device)
         wanted = [parameter for parameter, count in zip(parameters, self.total(held).tolist(), strict=True) if count]
-        for bucket in _buckets(wanted):
-            flat = torch.cat([torch.zeros_like(parameter).flatten() if parameter.grad is None else
-                              parameter.grad.flatten() for parameter in bucket])
-            mean = self.total(flat) / self.world
-            for parameter, grad in zip(bucket, mean.split([each.numel() for each in bucket]), strict=True):
-                parameter.grad = grad.view_as(parameter).clone()
+        for parameter in wanted:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        _average([parameter.grad for parameter in wanted], dist.group.WORLD)
 
 
 ALONE = Processes()
 
 
-def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    buckets: list[list[nn.Parameter]] = []
+def _average(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Replace gradients, in place, by their means over a group of processes."""
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat, group=group)
+        means = (flat / dist.get_world_size(group)).split([gradient.numel() for gradient in bucket])
+        for gradient, mean in zip(bucket, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
     room = 0
-    for parameter in parameters:
-        if not buckets or parameter.numel() > room:
+    for gradient in gradients:
+        if not buckets or gradient.numel() > room:
             buckets.append([])
             room = _BUCKET
-        buckets[-1].append(parameter)
-        room -= parameter.numel()
+        buckets[-1].append(gradient)
+        room -= gradient.numel()
     return buckets
 
 
@@ -122,8 +144,11 @@ def launch(gpu_ids: Sequence[int], script: str, arguments: Sequence[str]) -> NoR
               os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(names[index] for index in gpu_ids)})
 
 
-def join(device: str) -> Processes:
-    """Join the process group that torchrun prepared; alone without torchrun. Raises ModelError without a GPU each."""
+def join(device: str, sharding: str = "none") -> Processes:
+    """Join the process group that torchrun prepared; alone without torchrun.
+
+    Raises ModelError without a GPU each, or where --sharding hsdp finds no machines of as many processes each.
+    """
     if not started_by_torchrun():
         return Processes()
     on_gpu = choose_device(device).type == "cuda"
@@ -135,7 +160,24 @@ def join(device: str) -> Processes:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=SILENCE)
-    return Processes(dist.get_rank(), dist.get_world_size())
+    alone = Processes(dist.get_rank(), dist.get_world_size())
+    if sharding != "hsdp" or alone.world == 1:
+        return alone
+    return Processes(alone.rank, alone.world, grid_of(alone, local, "cuda" if on_gpu else "cpu"))
+
+
+def grid_of(processes: Processes, local: int, device: str) -> DeviceMesh:
+    """The processes as "machines" by "fsdp", a name by which peft knows what is split. local: the place on its machine.
+
+    Raises ModelError, in all of them, unless machines hold as many each, in order of rank.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    places = processes.gather((here, local))
+    if not here or places != [(here, rank % here) for rank in range(processes.world)]:
+        raise ModelError("--sharding hsdp splits weights inside each machine, so it needs as many processes on each, a "
+                         "machine's ranks in a row, and LOCAL_WORLD_SIZE set to their number, as torchrun does; there "
+                         f"are (LOCAL_WORLD_SIZE, LOCAL_RANK) {places}. --sharding fsdp needs nothing of that")
+    return init_device_mesh(device, (processes.world // here, here), mesh_dim_names=("machines", "fsdp"))
 
 
 def join_alone(device: str) -> None:

@@ -13,23 +13,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 
+from models.family import ModelError
 from models.lora import part_of
 from models.policy import Policy, Root, repeated_layers
 from models.weights import own_rows
 
 
-def splitter(dtype: torch.dtype, offload: bool = False) -> Callable[..., Root]:
-    """Give a function that splits a model's weights over the default process group and returns the root under which it
-    computes from now on, a given one or a new one.
+def splitter(dtype: torch.dtype, grid: DeviceMesh | None = None, offload: bool = False) -> Callable[..., Root]:
+    """Give a function that splits a model's weights over all processes, or over those of each machine of the grid, and
+    returns the root under which it computes from now on, a given one or a new one.
 
     dtype: that of matrix products. offload: shares stay in the host's memory. A model on meta reads only this process's
     share of its weights afterwards.
     """
     compute = torch.bfloat16 if dtype == torch.bfloat16 else None
-    how = {"mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
+    how = {"mesh": grid and grid["fsdp"],
+           "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
            "offload_policy": CPUOffloadPolicy(torch.cuda.is_available()) if offload else OffloadPolicy()}
 
     def split(model: nn.Module, root: Root | None = None) -> Root:
@@ -40,25 +44,20 @@ def splitter(dtype: torch.dtype, offload: bool = False) -> Callable[..., Root]:
     return split
 
 
-def shard(policy: Policy) -> None:
-    """Split a policy whose weights were read whole, as those under an adapter are, before its optimizer is made.
-
-    Does nothing to one that is split already.
-    """
-    if not is_split(policy):
-        splitter(policy.dtype)(policy.model, policy.root)
-
-
 @contextmanager
 def gathered(policy: Policy) -> Iterator[None]:
     """Hold every weight whole for the time of the block, so that nothing in it waits for another process.
 
-    Does nothing to a policy that is not sharded.
+    Does nothing to a policy that is not sharded. Raises ModelError where there is no memory for that.
     """
-    units = [module for module in policy.root.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
+    units = units_of(policy)
+    try:
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+    except torch.OutOfMemoryError as problem:
+        raise ModelError("out of memory while gathering all weights, as sampling and the reference want them: try "
+                         "--dtype bfloat16, or --lora_rank with --sharding none") from problem
     try:
         yield
     finally:
@@ -72,13 +71,101 @@ def is_split(policy: Policy) -> bool:
     return isinstance(policy.root, FSDPModule)
 
 
+def units_of(policy: Policy) -> list[FSDPModule]:
+    """The modules whose weights are gathered together, the root first; none of a policy that is not split."""
+    return [module for module in policy.root.modules() if isinstance(module, FSDPModule)]
+
+
+def give_back(policy: Policy) -> None:
+    """Keep no more than this process's share: the root's weights are left whole by a pass without gradient."""
+    for unit in units_of(policy):
+        unit.reshard()
+
+
+def numbers_at_once(policy: Policy) -> int:
+    """How many weights of a split policy lie whole at once in a pass, at most: those outside the layers, and those of a
+    layer three times over while the next one is gathered."""
+    everything, *layers = (sum(parameter.numel() for parameter in module.parameters())
+                           for module in (policy.model, *repeated_layers(policy.model)))
+    return everything - sum(layers) + 3 * max(layers, default=0)
+
+
+class Lockstep:
+    """Keeps the processes in step in passes over weights that are split, where one of them fails half-way.
+
+    The others wait for it at every layer that they gather, and for its gradients. So what this process has taken part
+    in is counted, and make_up() takes part in the rest: the order is the same in every pass, whatever is computed.
+    """
+
+    def __init__(self, policy: Policy):
+        self._policy = policy
+        self._taken_part = 0  # in so many of the pass's collectives
+        self._to_leave_out = 0  # so many of the next ones
+        for unit in units_of(policy):
+            unit.set_custom_all_gather(_CountedGather(self))
+            unit.set_custom_reduce_scatter(_CountedReduction(self))
+
+    def begin_pass(self, reduces: bool) -> None:
+        """Begin a forward and backward pass. reduces False: gradients stay whole here, and a later pass reduces them.
+        """
+        self._taken_part = 0
+        self._policy.root.set_requires_gradient_sync(reduces)
+
+    def takes_part(self) -> bool:
+        """Whether to take part in the next collective."""
+        if self._to_leave_out:
+            self._to_leave_out -= 1
+            return False
+        self._taken_part += 1
+        return True
+
+    def make_up(self, smallest_pass: Callable[[], None]) -> None:
+        """After a pass that failed, whose tensors are gone, do the smallest one for what the others still wait for.
+
+        What it computes means nothing: forget_gradients() comes next, in all processes.
+        """
+        self._policy.root.reset_iter_state()
+        self.forget_gradients()
+        self._to_leave_out = self._taken_part
+        smallest_pass()
+        assert not self._to_leave_out, "the smallest pass gathers less than the one that failed"
+
+    def forget_gradients(self) -> None:
+        """Drop gradients that wait, whole, for a later pass to reduce them."""
+        for unit in units_of(self._policy):
+            for group in unit._get_fsdp_state()._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    parameter.unsharded_accumulated_grad = None
+                    if hasattr(parameter, "_unsharded_param"):
+                        parameter._unsharded_param.grad = None
+
+
+class _CountedGather(DefaultAllGather):
+    def __init__(self, lockstep: Lockstep):
+        self._lockstep = lockstep
+
+    def __call__(self, output_tensor: Tensor, *args: Any, **more: Any) -> Any:
+        if self._lockstep.takes_part():
+            return super().__call__(output_tensor, *args, **more)
+        output_tensor.zero_()
+        return None
+
+
+class _CountedReduction(DefaultReduceScatter):
+    def __init__(self, lockstep: Lockstep):
+        self._lockstep = lockstep
+
+    def __call__(self, output_tensor: Tensor, *args: Any, **more: Any) -> Any:
+        return super().__call__(output_tensor, *args, **more) if self._lockstep.takes_part() else None
+
+
 @contextmanager
 def gathering_in_float32(policy: Policy) -> Iterator[None]:
     """Gather the weights of a split policy in float32 for the time of the block, whatever they are multiplied in.
 
     Does nothing to a policy that is not split.
     """
-    units = [module for module in policy.root.modules() if isinstance(module, FSDPModule)]
+    units = units_of(policy)
     groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
     policies = [group.mp_policy for group in groups]
 

@@ -179,9 +179,9 @@ def newest_whole(found: list[Path]) -> Path:
 # Of batch_size only its product with the number of processes counts: see check_products.
 _FREE = {"batch_size", "preflight", "gpu_ids", "sharding", "offload", "gradient_checkpointing", "checkpoint_path",
          "trust_remote_code", "device", "num_threads", "image_cache_dir", "download_missing", "on_bad_row",
-         "rollout_batch_size", "prompt_cache_mb", "workers", "micro_batch_size", "max_bad_steps", "max_kl",
-         "min_entropy", "output_dir", "log_dir", "save_every", "keep_last", "eval_every", "eval_samples", "show_every",
-         "save_best", "stop_after", "resume", "overwrite_output_dir", "prompt_file"}
+         "rollout_batch_size", "prompt_cache_mb", "workers", "micro_batch_size", "reduce_once", "max_bad_steps",
+         "max_kl", "min_entropy", "output_dir", "log_dir", "save_every", "keep_last", "eval_every", "eval_samples",
+         "show_every", "save_best", "stop_after", "resume", "overwrite_output_dir", "prompt_file"}
 
 
 def read_state(path: Path, options: TrainOptions, world: int = 1) -> dict[str, Any]:

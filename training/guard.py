@@ -3,6 +3,9 @@
 Two prompts of unequal length, the longer with photos where the sheet has any, are taken together, so that one is
 padded, and the longer alone. Behind the rounding of bfloat16 or TF32 most faults would hide, so there the policy is
 compared in float32 first, where that fits; then everything as it trains, within what the slow path itself rounds.
+
+Weights that are split are gathered a layer at a time, also while answers are written, so that less memory is needed
+than in training.
 """
 
 import copy
@@ -11,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from loguru import logger
@@ -18,13 +22,15 @@ from torch import Tensor, nn
 
 from config import TrainOptions
 from models.family import ModelError, Prompt
-from models.policy import Policy
+from models.policy import Generation, Policy
 from models.processes import ALONE, Processes
-from models.sharding import differentiating, gathered, gathering_in_float32, is_split
+from models.sharding import differentiating, gathering_in_float32, give_back, is_split, numbers_at_once
 from rollout import PromptEncoder, PromptError, RolloutFailure, draw_uniforms
 from sheets.samples import PhotoError, Sample
 
 GROUP, TOKENS = 2, 16  # answers to each prompt, and tokens of an answer at most: more only take longer
+TOKENS_SPLIT = 6  # for each of them every layer is gathered
+PROBED = 2 ** 20  # numbers of a layer whose gradient is looked at, at most
 PHOTOS = 2  # of the product at most, for the same reason
 BATCHES = {"two prompts together": [0, 1], "one prompt alone": [1]}
 
@@ -94,9 +100,11 @@ def check_fast_path(policy: Policy, reference: Policy | None, shares_vision: boo
         with torch.no_grad():
             theirs = replace(trial, features=reference.photo_features(prompts))
     if not policy.rounds:
-        said = compare(policy, reference, trial, theirs, slow_path(policy, trial), EXACT)
+        said = compare(policy, reference, trial, theirs, slow_path(policy, trial), EXACT, processes)
     else:
         said = compare_rounded(policy, reference, trial, theirs, processes)
+    for each in filter(None, (policy, reference)):
+        give_back(each)
     lengths = " and ".join(str(len(prompt.input_ids)) for prompt in prompts)
     logger.info(f"fast path against one answer at a time: {said}; prompts of {lengths} tokens, "
                 f"{time.perf_counter() - begin:.1f} s")
@@ -123,11 +131,19 @@ def make_trial(policy: Policy, prompts: list[Prompt], options: TrainOptions) -> 
     """Encode the photos, once for all that follows, and sample the answers."""
     with torch.no_grad():
         features = policy.photo_features(prompts)
-    columns = min(options.max_length, TOKENS)
+    columns = min(options.max_length, TOKENS_SPLIT if is_split(policy) else TOKENS)
     uniforms = torch.cat([draw_uniforms(f"guard/{place}", GROUP, columns) for place in range(len(prompts))])
-    with gathered(policy):
-        answers = policy.sample(prompts, features, uniforms, options.temperature)
+    answers = sample(policy, prompts, features, uniforms, options.temperature)
     return Trial(prompts, features, uniforms, answers.completions, answers.action_mask, options.temperature)
+
+
+def sample(policy: Policy, prompts: Sequence[Prompt], features: Sequence[Tensor | None], uniforms: Tensor,
+           temperature: float) -> Generation:
+    """Sample answers; where weights are split, no token stops one: all processes gather the layers equally often."""
+    if is_split(policy):
+        policy = copy.copy(policy)
+        policy.stop_ids = policy.stop_ids[:0]
+    return policy.sample(prompts, features, uniforms, temperature)
 
 
 def compare_rounded(policy: Policy, reference: Policy | None, trial: Trial, theirs: Trial, processes: Processes) -> str:
@@ -135,11 +151,11 @@ def compare_rounded(policy: Policy, reference: Policy | None, trial: Trial, thei
     exact = compare_in_float32(policy, trial, processes)
     slow = slow_path(policy, trial)
     if exact is None:
-        return compare(policy, reference, trial, theirs, slow, ROUNDED)
+        return compare(policy, reference, trial, theirs, slow, ROUNDED, processes)
     said, noise = exact[0], exact[1].gap(joined(slow), trial.action_mask)
     limits = Gap(*(max(NOISE * getattr(noise, name), least) for name, least in vars(ROUNDED).items()))
     rounded = "TF32" if policy.dtype == torch.float32 else "bfloat16"
-    return f"{said} in float32; {compare(policy, reference, trial, theirs, slow, limits)} in {rounded}"
+    return f"{said} in float32; {compare(policy, reference, trial, theirs, slow, limits, processes)} in {rounded}"
 
 
 def compare_in_float32(policy: Policy, trial: Trial, processes: Processes) -> tuple[str, Outcome] | None:
@@ -152,7 +168,7 @@ def compare_in_float32(policy: Policy, trial: Trial, processes: Processes) -> tu
         if not four_bits and all(processes.gather(has_room(policy))):
             with in_float32(policy) as wide:
                 slow = slow_path(wide, trial)
-                return compare(wide, None, trial, trial, slow, EXACT), joined(slow)
+                return compare(wide, None, trial, trial, slow, EXACT, processes), joined(slow)
     except torch.OutOfMemoryError:
         pass
     finally:
@@ -166,11 +182,10 @@ def compare_in_float32(policy: Policy, trial: Trial, processes: Processes) -> tu
 
 
 def has_room(policy: Policy) -> bool:
-    """Whether the GPU holds all weights of a split policy in float32 too: no process alone could back out of that."""
+    """Whether the GPU has room for what a split policy gathers, in float32: no process alone could back out of that."""
     if not is_split(policy) or policy.device.type != "cuda":
         return True
-    wanted = 4 * sum(parameter.numel() for parameter in policy.model.parameters())
-    return torch.cuda.mem_get_info(policy.device)[0] > 1.2 * wanted
+    return torch.cuda.mem_get_info(policy.device)[0] > 1.2 * 4 * numbers_at_once(policy)
 
 
 @contextmanager
@@ -192,8 +207,8 @@ def in_float32(policy: Policy) -> Iterator[Policy]:
         torch.set_float32_matmul_precision(precision)
 
 
-def compare(policy: Policy, reference: Policy | None, trial: Trial, theirs: Trial, slow: Sequence[Outcome], limits: Gap
-            ) -> str:
+def compare(policy: Policy, reference: Policy | None, trial: Trial, theirs: Trial, slow: Sequence[Outcome], limits: Gap,
+            processes: Processes) -> str:
     """Hold the fast path, in every batch, against the slow one; returns the largest gaps in words.
 
     theirs: the trial with photos as the reference sees them. slow: what the slow path gave, one a prompt.
@@ -214,11 +229,11 @@ def compare(policy: Policy, reference: Policy | None, trial: Trial, theirs: Tria
         part = trial.part(places)
         fast = outcome_of(policy, part, choose_probes(policy))
         judge("updated", batch, joined(slow, places).gap(fast, part.action_mask))
-        with gathered(policy):
-            answers = policy.sample(part.prompts, part.features, part.uniforms, part.temperature)
-            if not torch.equal(answers.completions, part.completions):  # others than those above
-                part = replace(part, completions=answers.completions, action_mask=answers.action_mask)
-                fast = outcome_of(policy, part, [])
+        answers = sample(policy, part.prompts, part.features, part.uniforms, part.temperature)
+        others = not torch.equal(answers.completions, part.completions)  # than those above
+        if any(processes.gather(others)) if is_split(policy) else others:
+            part = replace(part, completions=answers.completions, action_mask=answers.action_mask)
+            fast = outcome_of(policy, part, [])
         judge("sampled", batch, fast.gap(replace(fast, log_probs=answers.old_log_probs), part.action_mask))
     if reference is not None:
         slow_reference = slow_path(reference, theirs, trains=False)
@@ -231,10 +246,14 @@ def compare(policy: Policy, reference: Policy | None, trial: Trial, theirs: Tria
 
 
 def choose_probes(policy: Policy) -> list[nn.Parameter]:
-    """Small trainable weights of the first and the last decoder layer: gradients reach the first through all others."""
-    layers = policy.family.language_model(policy.model).layers
-    return [parameter for layer in (layers[0], layers[-1]) for parameter in layer.parameters()
-            if parameter.requires_grad and parameter.numel() <= 2 ** 20]
+    """The smallest trainable weights of the first and the last decoder layer: gradients reach the first through all
+    others."""
+    layers, chosen = policy.family.language_model(policy.model).layers, []
+    for layer in (layers[0], layers[-1]):
+        trainable = sorted((each for each in layer.parameters() if each.requires_grad), key=nn.Parameter.numel)
+        numbers = accumulate(each.numel() for each in trainable)
+        chosen += [each for each, so_far in zip(trainable, numbers, strict=True) if so_far <= PROBED]
+    return chosen
 
 
 def slow_path(policy: Policy, trial: Trial, trains: bool = True) -> list[Outcome]:

@@ -1,7 +1,7 @@
 """What a training run reads: its sheets, with a word on every row that is left out or odd, and its models."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,17 +98,17 @@ def load_models(options: TrainOptions, resume_from: Path | None, processes: Proc
                 ) -> tuple[Policy, Policy | None, bool]:
     """Load the policy and its frozen reference (none when kl_weight is 0 or every step is supervised).
 
-    With fsdp each of several processes reads its share of them only. The third value says whether both have the same
-    frozen vision, so that photos are encoded once for both.
+    With sharding each of several processes reads its share of them only. The third value says whether both have the
+    same frozen vision, so that photos are encoded once for both.
     """
     compares = options.kl_weight > 0 and options.sft_steps < options.max_steps
+    dtype = DTYPES[choose_dtype(options.dtype, choose_device(options.device))]
+    split = splitter(dtype, processes.grid, options.offload) if splits(options, processes.world) else None
     if options.lora_rank:
-        policy = load_adapted(options, resume_from)
+        policy = load_adapted(options, resume_from, split)
         if not compares:
             return policy, None, True
         return policy, policy.with_reference_adapter() if options.sft_steps else policy.without_adapter(), True
-    dtype = DTYPES[choose_dtype(options.dtype, choose_device(options.device))]
-    split = splitter(dtype, options.offload) if splits(options, processes.world) else None
     parts = options.model_path, options, options.device, options.trust_remote_code
     policy = load_policy(*parts, split)
     vision = [parameter for module in policy.family.vision_modules(policy.model) for parameter in module.parameters()]
@@ -143,13 +143,16 @@ def hold_in(dtype: torch.dtype, model: nn.Module, spared: Sequence[nn.Module]) -
             parameter.data = parameter.data.to(dtype)
 
 
-def load_adapted(options: TrainOptions, resume_from: Path | None) -> Policy:
-    """Load the base with an adapter on it: the resumed run's, that of --checkpoint_path, or a new one."""
+def load_adapted(options: TrainOptions, resume_from: Path | None, split: Callable[..., Root] | None = None) -> Policy:
+    """Load the base with an adapter on it: the resumed run's, that of --checkpoint_path, or a new one.
+
+    split: splits the base over the processes; the adapter is small, and whole in each.
+    """
     weights = str(resume_from) if resume_from else options.checkpoint_path
     if weights and not is_adapter(weights):
         raise OptionError(f"{weights} holds no adapter: with --lora_rank give whole weights as --model_path, so that "
                           "the adapter, and the reference policy, start from them")
-    policy = load_policy(options.model_path, options, options.device, options.trust_remote_code)
+    policy = load_policy(options.model_path, options, options.device, options.trust_remote_code, split)
     if not weights:
         policy.add_adapter(options.lora_rank, options.lora_alpha, options.model_path)
         return policy

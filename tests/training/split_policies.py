@@ -5,7 +5,8 @@ import torch.distributed as dist
 
 import demo
 from models.policy import Policy
-from models.sharding import gathered, shard
+from models.processes import Processes
+from models.sharding import gathered, is_split, own_part, splitter
 from models.trainable import set_trainable
 from tiny import adapted, parts_of, sample, three_prompts
 
@@ -13,23 +14,29 @@ CASES = (("dense", "language", False), ("hybrid", "adapter", False), ("v47", "la
          ("qwen2_5_vl", "language and vision", True), ("idefics3", "language and vision", True))
 
 
-def make(kind, trains, checkpointing):
-    """The same policy in every process."""
+def make(kind, trains, checkpointing, split):
+    """The same policy in every process, whole or split."""
     from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
     processor = MiniCPMV4_6ImageProcessorPil(max_slice_nums=4, scale_resolution=64, patch_size=16,
                                              downsample_mode="4x", use_image_id=True)
-    policy = Policy(*parts_of(kind, demo.make_tokenizer(seed=0), processor), gradient_checkpointing=checkpointing)
+    model, *parts = parts_of(kind, demo.make_tokenizer(seed=0), processor)
+    root = splitter(torch.float32)(model) if split else None
+    policy = Policy(model, *parts, gradient_checkpointing=checkpointing, root=root)
     if trains == "adapter":
         adapted(policy)
     set_trainable(policy, trains == "language and vision")
+    policy.root.double()
     return policy
 
 
 def scored(policy, prompts, generation):
-    """Log-probs, and the gradients of their mean over all processes, whole."""
+    """Log-probs and the whole gradients of their sum; of a policy that is split, their means over all processes."""
     log_probs, _ = policy.log_probs(prompts, generation.completions, generation.action_mask, 0.7)
     log_probs.sum().backward()
+    if is_split(policy):
+        trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+        Processes(dist.get_rank(), dist.get_world_size()).average_gradients(trained)
     gradients = {}
     for name, parameter in policy.model.named_parameters():
         if parameter.grad is not None:
@@ -41,11 +48,9 @@ def scored(policy, prompts, generation):
 def compare(kind, trains, checkpointing):
     """Sample, score, differentiate; an assertion that fails ends the process with its traceback."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    whole, split = (make(kind, trains, checkpointing) for _ in range(2))
-    whole.model.double(), split.model.double()
+    whole, split = (make(kind, trains, checkpointing, in_shares) for in_shares in (False, True))
     everything = sum(parameter.numel() for parameter in split.model.parameters())
-    shard(split)
-    held = sum(parameter.to_local().numel() for parameter in split.model.parameters())
+    held = sum(own_part(parameter).numel() for parameter in split.model.parameters())
     assert held < 0.6 * everything, (held, everything)
 
     prompts = three_prompts(whole)[rank:2]  # the second process has fewer products, and shorter answers

@@ -376,9 +376,39 @@ def out_of_memory(*_, **__):
 
 
 def test_an_optimizer_without_memory_says_what_helps(shop, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.optim.AdamW, "step", out_of_memory)
+    good, calls = torch.optim.AdamW.step, []
+
+    def second_fails(optimizer, *args):
+        calls.append(1)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return good(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", second_fails)
     with pytest.raises(ModelError, match="in the optimizer's step.*--resume auto.*--lora_rank"):
         training.train(train_options(shop, tmp_path, eval_every=0))
+    monkeypatch.setattr(torch.optim.AdamW, "step", out_of_memory)
+    with pytest.raises(ModelError, match="gradients and Adam's moments .*; nothing has been trained yet.*--lora_rank"):
+        training.train(train_options(shop, tmp_path, eval_every=0))
+
+
+def test_what_the_optimizer_keeps_is_there_before_the_first_step(shop, tmp_path, monkeypatch):
+    """It moves nothing, and the steps are those of an optimizer that allocates as it goes."""
+    wanted = training.train(train_options(shop, tmp_path / "a", eval_every=0, weight_decay=0.1))
+    started = []
+    monkeypatch.setattr(training, "allocate_state", lambda learner: started.append(learner))
+    found = training.train(train_options(shop, tmp_path / "b", eval_every=0, weight_decay=0.1))
+    assert same_weights(found, wanted) and len(started) == 1
+    run = training.prepare(train_options(shop, tmp_path / "c", eval_every=0), training.Processes())
+    assert not run.learner.optimizer.state
+    before = [parameter.detach().clone() for parameter in run.learner.parameters]
+    update.allocate_state(run.learner)
+    assert all(torch.equal(one, other) for one, other in zip(run.learner.parameters, before, strict=True))
+    held = run.learner.optimizer.state
+    assert all(len(held[parameter]) == 3 and not any(
+        value.any() for value in held[parameter].values()) for parameter in run.learner.parameters)
+    assert all(parameter.grad is None for parameter in run.learner.parameters)
+    assert [group["lr"] for group in run.learner.optimizer.param_groups] == [1e-3, 1e-3]
 
 
 def test_the_pre_flight_says_what_it_took_and_moves_nothing(shop, tmp_path, said):

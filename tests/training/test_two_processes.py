@@ -1,11 +1,13 @@
 """The training program in two processes (gloo, CPU): what one does with twice the products; faults in one of them."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import shortage
 import split_loading
 import split_policies
 import torch
@@ -19,7 +21,7 @@ from config import TrainOptions
 from ground.options import parse_options
 from models.processes import leave
 from rounding import float64
-from runs import write_shop
+from runs import tags, write_shop
 
 WORKER = Path(__file__).parent / "training_worker.py"
 
@@ -37,13 +39,16 @@ def folder(tmp_path_factory, tokenizer, image_processor):
         for name in RESUMED:
             begun = options_of_case(folder, name, 2, max_steps=1)
             training.train(replace(begun, batch_size=4, sharding="none", offload=False))
+        for place in (None, *shortage.PLACES):
+            shortage.train(folder, f"alone, {place}", 4, place)
+        shortage.train(folder, "alone, vision", 4, train_vision=True)
     rollout.score_answer = good
     kill_a_run(folder, folder / "killed", 2, 0, one_only=True, words="step 3/", steps=STEPS)  # the pair resumes it
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                            str(WORKER), str(folder)], capture_output=True, text=True, timeout=1300)
     (folder / "said.txt").write_text(done.stdout)
     (folder / "complained.txt").write_text(done.stderr)
-    cases = len(CASES) + len(RESUMED) + len(FOR_SEVERAL) + 2
+    cases = len(CASES) + len(RESUMED) + len(shortage.CASES) + len(FOR_SEVERAL) + 3
     assert done.stdout.count("done") == 2 * cases and done.returncode == 1, done.stderr[-3000:]  # it fails at the end
     return folder
 
@@ -96,9 +101,23 @@ def test_a_process_whose_rollouts_fail_changes_nothing_else(folder):
     assert all(torch.isfinite(value).all() for value in one.values())
 
 
-def test_a_process_short_of_memory_halves_by_itself(folder):
-    found = load_file(folder / "short" / "step_000003" / "model.safetensors")
-    assert difference(found, last_weights(folder, "none, full, hybrid", 4)) < 1e-9
+@pytest.mark.parametrize("name", [*(f"alone, {place}" for place in shortage.PLACES), *shortage.CASES])
+def test_a_shortage_of_memory_loses_no_product(folder, name):
+    """Above one product a pass, in either process: those of each pass halve, and all is as it would have been."""
+    found, wanted = (folder / "shortage" / which for which in
+                     (name, "alone, vision" if "vision" in name else "alone, None"))
+    found_weights, wanted_weights = (load_file(path / "step_000002" / "model.safetensors") for path in (found, wanted))
+    assert difference(found_weights, wanted_weights) < 1e-9
+    assert difference(found_weights, load_file(folder / "model" / "model.safetensors")) > 1e-4
+    rewards, wanted_rewards = (tags(path / "logs")["held_out/mean_reward"] for path in (found, wanted))
+    assert rewards == [(step, pytest.approx(reward, rel=1e-6)) for step, reward in wanted_rewards]
+
+
+def test_gradients_are_reduced_once_if_asked_for(folder):
+    said = (folder / "said.txt").read_text()
+    whole, one_by_one, once = (int(re.search(f"{name}: done, (.*) reductions", said)[1]) for name in
+                               ("fsdp", "fsdp, one by one", "fsdp, reduced once"))
+    assert once == whole == one_by_one / 2 > 0
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

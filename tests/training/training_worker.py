@@ -17,6 +17,7 @@ from ground.commands import import_for_good  # noqa: E402
 if __name__ == "__main__":
     import_for_good("rounding")  # and with it nearly everything
 
+import shortage  # noqa: E402
 import split_loading  # noqa: E402
 import split_policies  # noqa: E402
 import torch  # noqa: E402
@@ -151,25 +152,6 @@ def failing_rollouts(folder, sharding):
     assert sum("no rollout" in line for line in said) == 4 * dist.get_rank()
 
 
-def short_of_memory(folder):
-    """The second process has room for one product a pass, the first for all."""
-    good, said = update.log_probs_of, []
-
-    def short(learner, items, options):
-        if len(items) > 1:
-            raise torch.OutOfMemoryError("planted")
-        return good(learner, items, options)
-
-    sink = logger.add(lambda line: said.append(str(line)), format="{message}")
-    if dist.get_rank() == 1:
-        update.log_probs_of = short
-    training.train(options_of_case(folder, "none, full, hybrid", 2, micro_batch_size=0,
-                                   output_dir=str(folder / "short")))
-    update.log_probs_of = good
-    logger.remove(sink)
-    assert sum("with 2 products a pass while updating: going on with 1" in line for line in said) == dist.get_rank()
-
-
 def planted_nan(folder, sharding):
     """A NaN in the second process's gradient: both skip the step, and have the same weights after the next."""
     options = options_of_case(folder, f"{sharding}, full, hybrid", 2, output_dir=str(folder / f"NaN {sharding}"))
@@ -265,11 +247,23 @@ def main(folder):
         for name in RESUMED:
             training.train(options_of_case(folder, name, 2, resume="auto"))
             print(f"{name}: done", flush=True)
-        short_of_memory(folder)
+        for name, (place, ranks, changes) in shortage.CASES.items():
+            reductions = shortage.train(folder, name, 2, place if dist.get_rank() in ranks else None, **changes)
+            print(f"{name}: done, {reductions} reductions", flush=True)
         for sharding in ("none", "fsdp"):
             failing_rollouts(folder, sharding)
             planted_nan(folder, sharding)
             print(f"faults, {sharding}: done", flush=True)
+        second = dist.get_rank() == 1
+        no_room = shortage.refused(folder, "no room", shortage.no_room_for_one, second, sharding="fsdp")
+        assert "out of memory with one product a pass, data.xlsx row" in no_room, no_room
+        no_room = shortage.refused(folder, "not whole", shortage.no_room_for_whole_weights, True, sharding="fsdp")
+        assert "out of memory while gathering all weights" in no_room, no_room
+        for sharding in ("none", "fsdp"):
+            no_room = shortage.refused(folder, f"no moments {sharding}", shortage.no_room_for_moments, second,
+                                       sharding=sharding)
+            assert "no memory for gradients and Adam's moments (planted)" in no_room, no_room
+        print("nothing fits: done", flush=True)
     for path in FOR_SEVERAL:
         training.train(options_of_config(path, folder, folder / path.stem))
         print(f"{path.name}: done", flush=True)
