@@ -293,11 +293,12 @@ def by_length(items: Sequence[Experience]) -> list[Experience]:
 
 
 def make_optimizer(parameters: Sequence[Tensor], options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
+    """AdamW with weight decay on matrices only; on a GPU by torch's fused kernels."""
     matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
     vectors = [parameter for parameter in parameters if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.adam_betas, eps=options.adam_eps)
+    fused = True if any(parameter.is_cuda for parameter in parameters) else None
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.adam_betas, eps=options.adam_eps, fused=fused)
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:

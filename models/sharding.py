@@ -167,7 +167,10 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take on what whole_optimizer_state gave, each process its share; no more is read of a state that is in a file."""
+    """Take on what whole_optimizer_state gave, each process its share; no more is read of a state that is in a file.
+
+    Whether its kernels are fused depends on where the optimizer is, not on where the state comes from.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():
         parameter = parameters[index]
@@ -178,4 +181,6 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
             own = value[own_rows(parameter)].to(parameter.device, copy=True)
             values[name] = DTensor.from_local(own, parameter.device_mesh, parameter.placements, run_check=False,
                                               shape=parameter.shape, stride=parameter.stride())
-    optimizer.load_state_dict(state)
+    groups = [saved | {"fused": own["fused"]} for saved, own in zip(state["param_groups"], optimizer.param_groups,
+                                                                     strict=True)]
+    optimizer.load_state_dict(state | {"param_groups": groups})
