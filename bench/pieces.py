@@ -46,6 +46,7 @@ from torch.profiler import ProfilerActivity, profile
 from cases import LABEL, Case, cases_named, make_sample, write_model
 from evidence.report import write_sheet
 from meter import Meter, keep_memory
+from models import lean, sampling
 from models import policy as policy_file
 from models.loading import load_weights
 from ours import make_run, measured_step, step_options
@@ -155,7 +156,8 @@ def take_apart(run: Run, options: Any, case: Case, sample: Sample, repeats: int)
         for name in ("photo_features", "sample", "log_probs"):
             charge_calls(policy, name, meter, "policy")
     charge_calls(run.learner.optimizer, "step", meter, "model")
-    shared = [(torch.Tensor, "backward"), (policy_file, "token_log_probs"), (policy_file, "distribution")]
+    shared = [(torch.Tensor, "backward"), (policy_file, "token_log_probs"),
+              (sampling, "distribution"), (lean.LeanDecoder, "__call__")]
     stock = [getattr(owner, name) for owner, name in shared]
     for owner, name in shared:
         charge_calls(owner, name, meter, "model")

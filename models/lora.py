@@ -142,6 +142,27 @@ def merge_adapter(adapter: Any) -> None:
         raise ModelError(f"the adapter can't be merged: {problem}") from problem
 
 
+def can_merge(linear: nn.Module) -> bool:
+    """Whether merged_weight knows a linear layer: not one in 4 bits, one whose weights are split over processes, or one
+    with an adapter that is more than a product of two matrices."""
+    base = getattr(linear, "base_layer", linear)
+    plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter
+    return plain and not getattr(linear, "lora_variant", None) and not any(getattr(linear, "lora_bias", {}).values())
+
+
+def merged_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """A linear layer's weight, with its adapter's share where one is on it and switched on, and its bias.
+
+    The layer stays as it is. The sum is made in the adapter's dtype.
+    """
+    base = getattr(linear, "base_layer", linear)
+    weight = base.weight.detach()
+    if base is not linear and not linear.disable_adapters and not linear.merged:
+        for name in linear.active_adapters:
+            weight = weight + linear.get_delta_weight(name).detach()
+    return weight, None if base.bias is None else base.bias.detach()
+
+
 def rank_of(adapter: Any) -> tuple[int, int]:
     """The adapter's rank and alpha."""
     config = adapter.peft_config["default"]

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from config import TrainOptions
 from models import lora, shared_prefix
-from models.decoding import PackedWriter, PlainWriter
+from models.decoding import PackedWriter, PlainWriter, room_for
 from models.family import ModelError, Prompt, PromptParts, device_of
-from models.head import Logits, compute_dtype, distribution, token_log_probs
+from models.head import Logits, compute_dtype, token_log_probs
+from models.lean import lean
 from models.loading import (
     DTYPES,
     choose_device,
@@ -33,16 +34,7 @@ from models.loading import (
     stop_token_ids,
 )
 from models.memory import PassSize
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Sampled answers of B products, G rows each, in product order."""
-
-    completions: Tensor  # (B * G, T) ids as sampled; behind the stop token undefined
-    action_mask: Tensor  # (B * G, T) bool: up to and including the stop token
-    old_log_probs: Tensor  # (B * G, T) float32 at the sampling temperature; 0 where masked
-    truncated: Tensor  # (B * G,) bool: no stop token within T
+from models.sampling import Drawing, Generation, write
 
 
 @dataclass(frozen=True)
@@ -215,49 +207,35 @@ class Policy:
 
     def _sample(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], uniforms: Tensor,
                 temperature: float | None) -> Generation:
-        rows, max_length = uniforms.shape
-        writer = self._begin(prompts, features, rows // len(prompts), max_length)
-        head = Logits(self._head.weight, compute_dtype(writer.hidden))
-        completions = torch.zeros(rows, max_length, dtype=torch.long, device=self.device)
-        log_probs = torch.zeros(rows, max_length, device=self.device)
-        stopped = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        look_every = 1 if self.device.type == "cpu" else 8  # asking which have stopped waits for the GPU
-        for step in range(max_length):
-            step_log_probs = distribution(head, writer.hidden, temperature, self._banned)  # (n, V)
-            token = _inverse_cdf(step_log_probs, uniforms[writer.rows, step, None]) if temperature else \
-                step_log_probs.argmax(-1, keepdim=True)  # (n, 1)
-            completions[writer.rows, step] = token[:, 0]
-            log_probs[writer.rows, step] = step_log_probs.gather(1, token)[:, 0]
-            stopped[writer.rows] |= torch.isin(token[:, 0], self.stop_ids)
-            if step + 1 == max_length:
-                break
-            if step % look_every == 0:
-                if bool(stopped.all()):
-                    break
-                kept = writer.drop(stopped)
-                token = token if kept is None else token.index_select(0, kept)
-            writer.feed(self._embed_ids(token))
-
-        completions, log_probs = completions[:, :step + 1], log_probs[:, :step + 1]
-        is_stop = torch.isin(completions, self.stop_ids)
-        action_mask = is_stop.cumsum(1) - is_stop.long() == 0  # nothing stopped before this token
-        return Generation(completions, action_mask, log_probs.masked_fill(~action_mask, 0.0), ~is_stop.any(1))
-
-    def _begin(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], group_size: int, max_length: int
-               ) -> PackedWriter | PlainWriter:
-        """Run the prompts through the model once, ready to write a group of answers behind each."""
+        group_size, length = len(uniforms) // len(prompts), uniforms.shape[1]
         prefix = self._embed(prompts, features)
+        dtype = compute_dtype(prefix.inputs)
+        drawing = Drawing(Logits(self._head.weight, dtype), uniforms, temperature, self._banned, self.stop_ids)
         if self.exact_path:
-            out = self._forward(prefix, features, use_cache=True)
-            cache, columns = out.past_key_values, prefix.mask.shape[1]
-            if cache is None or cache.get_seq_length() != columns:
-                raise ModelError(f"{type(self._language_model).__name__} returned no cache of the prompt's length")
-            return PlainWriter(self._language_model, cache, out.last_hidden_state[:, -1], prefix.last_positions,
-                               prefix.mask, group_size)
-        layout = shared_prefix.lay_out_prompts([len(prompt.input_ids) for prompt in prompts], self.device)
-        hidden = self._forward(prefix, features, layout=layout).last_hidden_state.flatten(0, 1)
-        return PackedWriter(self._language_model, layout, hidden.index_select(0, layout.predictors),
-                            prefix.last_positions, group_size, max_length)
+            writer = self._begin_plain(prefix, features, group_size)
+            return write(writer, drawing, self._embed_ids, len(prompts), length, steady=False)
+        with lean(self._language_model, dtype, prefix.inputs.dtype) as decoder:
+            layout = shared_prefix.lay_out_prompts([len(prompt.input_ids) for prompt in prompts], self.device,
+                                                   room_for(prefix.inputs.shape[1], group_size, length, self.device))
+            hidden = self._forward(prefix, features, layout=layout).last_hidden_state.flatten(0, 1)
+            writer = PackedWriter(decoder or self._decode, layout, hidden.index_select(0, layout.predictors),
+                                  prefix.last_positions, group_size, length)
+            return write(writer, drawing, self._embed_ids, len(prompts), length, steady=decoder is not None)
+
+    def _begin_plain(self, prefix: _Rows, features: Sequence[Tensor | None], group_size: int) -> PlainWriter:
+        """Run the prompts through the model once, into transformers' own cache."""
+        out = self._forward(prefix, features, use_cache=True)
+        cache, columns = out.past_key_values, prefix.mask.shape[1]
+        if cache is None or cache.get_seq_length() != columns:
+            raise ModelError(f"{type(self._language_model).__name__} returned no cache of the prompt's length")
+        return PlainWriter(self._language_model, cache, out.last_hidden_state[:, -1], prefix.last_positions,
+                           prefix.mask, group_size)
+
+    def _decode(self, embedded: Tensor, positions: Tensor, layout: Any) -> Tensor:
+        """Run new tokens through the language model as transformers wrote it: hidden states (n, 1, d)."""
+        mask = embedded.new_zeros(1, 1, 1, 1)  # as in _forward
+        return self._language_model(inputs_embeds=embedded, attention_mask=mask, position_ids=positions,
+                                    use_cache=False, layout=layout).last_hidden_state
 
     def log_probs(self, prompts: Sequence[Prompt], completions: Tensor, action_mask: Tensor, temperature: float,
                   features: Sequence[Tensor | None] | None = None, exact_path: bool | None = None,
@@ -379,14 +357,6 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def _inverse_cdf(log_probs: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one token a row: the first whose cumulative probability exceeds the uniform number; (n, 1)."""
-    cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
-    # Scaled by the total, the target stays below it, so a token of probability 0 is never the first above.
-    # The clamp only meets rows of NaN: those are reported by the caller, not crashed on.
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=log_probs.shape[-1] - 1)
 
 
 def load_policy(model_path: str, options: TrainOptions, device: str, trust_remote_code: bool,

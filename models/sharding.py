@@ -258,7 +258,10 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take on what whole_optimizer_state gave, each process its share; no more is read of a state that is in a file."""
+    """Take on what whole_optimizer_state gave, each process its share; no more is read of a state that is in a file.
+
+    Whether its kernels are fused depends on where the optimizer is, not on where the state comes from.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():
         parameter = parameters[index]
@@ -270,4 +273,6 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
             held = DTensor.from_local(own, parameter.device_mesh, parameter.placements, run_check=False,
                                       shape=parameter.shape, stride=parameter.stride())
             values[name] = held.to(parameter.device)  # with --offload the mesh is of GPUs, the share on the host
-    optimizer.load_state_dict(state)
+    groups = [saved | {name: own[name] for name in ("fused",) if name in own}  # the machine's choice, not the run's
+              for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)]
+    optimizer.load_state_dict(state | {"param_groups": groups})

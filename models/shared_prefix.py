@@ -42,8 +42,11 @@ class Answers:
 class Kept:
     """What decoding goes on from, by layer."""
 
-    keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (B, heads, P, d) each
-    states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (B, C, K - 1), (B, heads, d, d)
+    room: int = 0  # columns behind the prompts' P, for those of answers
+    keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (B, heads, P + room, d) each
+    repeats: set[int] = field(default_factory=set)  # how many queries read the same key
+    # (B, C, K - 1), (B, heads, dk, dv), and the convolution's kernel (C, 1, K) in the state's dtype
+    states: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Layout:
         """Full attention over rows (B, heads, P + S, d)."""
         columns = self.columns
         if self.kept is not None:
-            self.kept.keys_values[module.layer_idx] = key, value
+            self.kept.keys_values[module.layer_idx] = tuple(with_room(each, self.kept.room) for each in (key, value))
+            self.kept.repeats.add(query.shape[1] // key.shape[1])
         prompt = sdpa(query[:, :, :columns], key[:, :, :columns], value[:, :, :columns], None, scaling)
         if self.answers is None:
             return prompt
@@ -82,7 +86,7 @@ class Layout:
                              output_final_state=True, use_qk_l2norm_in_kernel=True)
         tail = self._tail(head, kernel - 1)  # (B, C, K - 1)
         if self.kept is not None:
-            self.kept.states[module.layer_idx] = tail, state
+            self.kept.states[module.layer_idx] = tail, state, module.conv1d.weight.detach().to(state.dtype)
         if self.answers is None:
             return out
         return torch.cat([out, self._recur_answers(module, mixed, beta, decay, tail, state)], 1)
@@ -111,12 +115,13 @@ class Layout:
         return out.flatten(0, 1).index_select(0, answers.unfold).view(rows, -1, *out.shape[2:])
 
 
-def lay_out_prompts(lengths: Sequence[int], device: torch.device) -> Layout:
-    """Lay out prompts alone, keeping what decoding goes on from."""
+def lay_out_prompts(lengths: Sequence[int], device: torch.device, room: int = 0) -> Layout:
+    """Lay out prompts alone, keeping what decoding goes on from, with room for so many columns of answers."""
     columns = max(lengths)
     lengths = torch.tensor(lengths)
     last = torch.arange(len(lengths)) * columns + lengths - 1
-    return Layout(lengths.to(device), columns, bool((lengths < columns).any()), last.to(device), kept=Kept())
+    return Layout(lengths.to(device), columns, bool((lengths < columns).any()), last.to(device),
+                  kept=Kept(room))
 
 
 def lay_out_groups(lengths: Sequence[int], action_mask: Tensor, dtype: torch.dtype) -> Layout:
@@ -165,6 +170,13 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
+def with_room(values: Tensor, room: int) -> Tensor:
+    """Give keys or values (B, heads, P, d) room for further columns, in the dtype that attention computes in."""
+    device = values.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
+    return pad(values.to(dtype), (0, 0, 0, room))
+
+
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     """Attend by torch's kernels, causally where there is no mask; key and value may have fewer heads."""
     grouped = query.shape[1] != key.shape[1]
@@ -203,11 +215,14 @@ def delta_net(module: nn.Module, stock: Any, hidden_states: Tensor, layout: Any 
     return module.out_proj(out.reshape(*hidden_states.shape[:2], -1))
 
 
-def causal_convolution(module: nn.Module, inputs: Tensor) -> Tensor:
-    """The layer's short convolution and activation over inputs (n, C, K - 1 + L), K - 1 of them gone by: (n, C, L)."""
+def causal_convolution(module: nn.Module, inputs: Tensor, kernel: Tensor | None = None) -> Tensor:
+    """The layer's short convolution and activation over inputs (n, C, K - 1 + L), K - 1 of them gone by: (n, C, L).
+
+    kernel: the layer's in another dtype.
+    """
     from transformers.activations import ACT2FN
 
-    kernel = module.conv1d.weight
+    kernel = module.conv1d.weight if kernel is None else kernel
     out = conv1d(inputs.to(kernel.dtype), kernel, module.conv1d.bias, groups=len(kernel))
     return ACT2FN[module.activation](out).to(inputs.dtype)
 

@@ -13,6 +13,7 @@ from config import TrainOptions
 from ground.options import read_options
 from loss import LOG_RATIO_LIMIT, LossTerms, VLM_GRPOLoss, approx_kl_divergence, masked_mean
 from models.processes import Processes
+from models.sharding import load_optimizer_state
 from reward import RewardParts
 from rollout import Group, sample_flat_again
 from runs import tags, train_options, weights
@@ -152,6 +153,15 @@ def test_the_first_step_of_adam_by_hand(eps, moved):
     weight.grad = torch.tensor([0.5])
     optimizer.step()
     assert weight.item() == pytest.approx(-moved)
+
+
+def test_on_a_cpu_adam_is_not_fused_wherever_its_state_comes_from():
+    optimizer = update.make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], TrainOptions())
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["fused"] = True
+    load_optimizer_state(optimizer, state)
+    assert [group["fused"] for group in optimizer.param_groups] == [None, None]
 
 
 def test_a_policy_moves_towards_another_by_hand(dense_policy):

@@ -74,7 +74,7 @@ def qwen_tokenizer():
     return tokenizer
 
 
-def qwen_model(kind, tokenizer):
+def qwen_model(kind, tokenizer, **text_options):
     """A tiny Qwen2.5-VL with windowed vision attention, or a tiny Qwen3-VL with two deepstack layers."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -85,7 +85,8 @@ def qwen_model(kind, tokenizer):
     text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
             "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+            **text_options}
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
               "spatial_merge_size": 2, "depth": 3, **PATCH}
     if kind == "qwen2_5_vl":

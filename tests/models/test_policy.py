@@ -8,7 +8,8 @@ import torch
 from models import shared_prefix
 from models.family import ModelError, shrink
 from models.loading import family_of, freeze, load_minicpm, load_weights
-from models.policy import Policy, _inverse_cdf
+from models.policy import Policy
+from models.sampling import inverse_cdf
 from models.trainable import set_trainable, warn_without_gradient
 from rollout import draw_uniforms
 from rounding import float64
@@ -115,12 +116,12 @@ def test_photo_markers_are_never_sampled(policy):
 
 def test_sampling_follows_the_distribution():
     log_probs = torch.tensor([[0.5, 0.0, 0.3, 0.2]]).log().expand(20000, 4)
-    drawn = _inverse_cdf(log_probs, torch.rand(20000, 1, dtype=torch.float64,
+    drawn = inverse_cdf(log_probs, torch.rand(20000, 1, dtype=torch.float64,
                                                generator=torch.Generator().manual_seed(0)))
     shares = torch.bincount(drawn[:, 0], minlength=4) / 20000
     assert shares[1] == 0
     assert torch.allclose(shares, torch.tensor([0.5, 0.0, 0.3, 0.2]), atol=0.015)
-    edges = _inverse_cdf(log_probs[:2], torch.tensor([[0.0], [1 - 1e-16]], dtype=torch.float64))
+    edges = inverse_cdf(log_probs[:2], torch.tensor([[0.0], [1 - 1e-16]], dtype=torch.float64))
     assert edges[:, 0].tolist() == [0, 3]
 
 
