@@ -200,11 +200,13 @@ def settings(options: CompareOptions, trained: TrainOptions) -> dict:
         f"{options.num_samples} answers a product, sampled at temperature {trained.temperature}")
     rows = (f"{options.data_path or trained.eval_path or trained.data_path}"
             + ("" if options.data_path else f", {options.rows.replace('_', ' ')}"))
+    supervised = f", the first {trained.sft_steps} supervised" if trained.sft_steps else ""
     facts = [how, f"at most {trained.max_length} new tokens, seed {options.seed}",
              f"reward: {' + '.join(options.reward or trained.reward) or 'size, the built-in one'}",
              f"rows: {rows}",
-             f"training: {trained.max_steps} steps, learning rate {trained.lr:g}, kl_weight {trained.kl_weight:g}, "
-             f"{trained.batch_size} products x {trained.group_size} answers a step, seed {trained.seed}"]
+             f"training: {trained.max_steps} steps{supervised}, learning rate {trained.lr:g}, "
+             f"kl_weight {trained.kl_weight:g}, {trained.batch_size} products x {trained.group_size} answers a step, "
+             f"seed {trained.seed}"]
     return {"how": how, "sheet": rows, "rows": "named" if options.data_path else options.rows,
             "made": time.strftime("%Y-%m-%d %H:%M"),
             "facts": facts, "promise": options.accept_error, "temperature": None if options.greedy else

@@ -98,8 +98,9 @@ def load_models(options: TrainOptions, resume_from: Path | None, processes: Proc
                 ) -> tuple[Policy, Policy | None, bool]:
     """Load the policy and its frozen reference (none when kl_weight is 0 or every step is supervised).
 
-    With sharding each of several processes reads its share of them only. The third value says whether both have the
-    same frozen vision, so that photos are encoded once for both.
+    The reference of an adapter is the model under it; behind supervised steps, that with a copy of the adapter. With
+    sharding each of several processes reads its share of them only. The third value says whether both have the same
+    frozen vision, so that photos are encoded once for both.
     """
     compares = options.kl_weight > 0 and options.sft_steps < options.max_steps
     dtype = DTYPES[choose_dtype(options.dtype, choose_device(options.device))]
