@@ -29,7 +29,7 @@ OPEN_TO_ALL = ("/", "/livez", "/health")
 ENDPOINTS = (*OPEN_TO_ALL, "/metrics", "/extract", "/extract_sheet", "/v1/models", "/v1/chat/completions")
 _LEAST_PACE = 100_000  # bytes a second with which a body may take longer than body_seconds
 _HOST = re.compile(r"(?:\[(?P<six>[0-9a-fA-F:.]+)\]|(?P<name>[\w.-]+))(?::[0-9]{1,5})?", re.ASCII)
-_SECONDS_AWAY = 3  # to read a refused body away, so that the client gets to see the answer
+_SECONDS_AWAY = 10  # to read a refused body away, so that the client gets to see the answer
 _HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"),
             (b"x-frame-options", b"DENY"), (b"cross-origin-resource-policy", b"same-origin"))
 

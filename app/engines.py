@@ -175,7 +175,8 @@ class Engine:
         if body and answer.status_code in (400, 413, 422):
             raise Refusal(422, "not_answered", f"the engine refuses it: {_reason(answer)}")
         if answer.status_code != 200:
-            raise EngineFailed(f"HTTP {answer.status_code}: {_reason(answer)}")
+            # What it says of a product may repeat it, and this goes into the log.
+            raise EngineFailed(f"HTTP {answer.status_code}" + ("" if body else f": {_reason(answer)}"))
         try:
             return answer.json()
         except ValueError:

@@ -130,6 +130,8 @@ def work(settings: dict[str, Any], line: Line) -> None:
 def main() -> None:
     """Take the settings from the first line and work; what is printed goes to stderr, so that stdout stays JSON."""
     log_to_console(TIMED)
+    logger.disable("")  # what is said of rows quotes them: it stands in the sheet that goes back, not in the log
+    logger.enable("app")
     output = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))

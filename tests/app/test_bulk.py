@@ -32,7 +32,7 @@ async def until(place, key, *statuses):
         await asyncio.sleep(0.05)
 
 
-def test_a_sheet_comes_back_with_its_answers(tmp_path):
+def test_a_sheet_comes_back_with_its_answers(tmp_path, capfd):
     (tmp_path / "cache").mkdir()
     address = "https://shop.example/1.png"
     (tmp_path / "cache" / (hashlib.md5(address.encode()).hexdigest() + ".png")).write_bytes(png(1))
@@ -67,6 +67,9 @@ def test_a_sheet_comes_back_with_its_answers(tmp_path):
         return found
 
     found = played(scene)
+    logged = capfd.readouterr().err
+    assert "products answered" in logged and "not fetched" not in logged
+    assert not any(word in logged for word in ("other.example/2", "secret.png", "vase"))
     assert found["sku"].tolist() == list("abcdef") and found["row"].tolist() == list("234567")
     assert found["size_1_cm"].tolist() == ["3", "6", "", "", "", ""]
     assert found["size_2_cm"].tolist()[:2] == ["3", "3"]  # the products answered together

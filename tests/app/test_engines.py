@@ -79,7 +79,7 @@ async def engine(how):
         models = head.startswith(b"GET")
         asked.append(head.split()[1])
         body = b'{"data": [{"id": "m"}]}' if models else how
-        status = b"200 OK" if models or not how.startswith(b"5") else b"500 Oh"
+        status = b"200 OK" if models or not (how.startswith(b"5") or b"error" in how) else b"500 Oh"
         writer.write(b"HTTP/1.1 %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(body), body))
         await writer.drain()
         writer.close()
@@ -88,7 +88,8 @@ async def engine(how):
     return server, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", asked
 
 
-@pytest.mark.parametrize("how", [b"500", b"no JSON", b"{}", b'{"choices": []}', b'{"choices": [3, 4]}'])
+@pytest.mark.parametrize("how", [b"500", b"no JSON", b"{}", b'{"choices": []}', b'{"choices": [3, 4]}',
+                                 b'{"error": {"message": "it chokes on: mug"}}'])
 def test_an_engine_that_fails_is_left_out_and_the_other_answers(tmp_path, how, monkeypatch):
     monkeypatch.setattr(app.engines, "_FIRST_PAUSE", 60.0)
 
@@ -103,6 +104,7 @@ def test_an_engine_that_fails_is_left_out_and_the_other_answers(tmp_path, how, m
             assert [answer.status_code for answer in answers] == [200] * 10
             states = (await place.client.get("/health")).json()
             assert states["status"] == "degraded" and states["workers"][0]["problem"]
+            assert "mug" not in states["workers"][0]["problem"], "it goes into the log"
             tried = len(asked)
             await asyncio.gather(*(place.ask() for _ in range(10)))
             assert len(asked) == tried, "it is left out for a while"
