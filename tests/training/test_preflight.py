@@ -157,6 +157,7 @@ def test_how_many_products_are_sampled_together():
 def test_adams_moments_are_foretold(shop, tmp_path):
     options = train_options(shop, tmp_path)
     run, buffer = one_step(options)
+    run.learner.optimizer.state.clear()  # a run allocates it before its first step
     foretold = moments_to_come(run.learner)
     assert foretold == 2 * 4 * sum(parameter.numel() for parameter in run.learner.parameters) > 0
     update.update(run.learner, buffer, options, step=0)
