@@ -4,9 +4,12 @@ BIN := .venv/bin
 STEPS := $(shell sed -n 's/^max_steps: //p' configs/demo.yaml)
 CHECKPOINT := outputs/demo/step_$(shell printf '%06d' $(STEPS))
 
-.PHONY: demo test clean
+.PHONY: demo demo_steps test clean
 
 demo: .venv/.installed
+	$(BIN)/python bench/cpu_seconds.py $(MAKE) --no-print-directory demo_steps
+
+demo_steps:
 	$(BIN)/python demo.py
 	$(MAKE) --no-print-directory $(CHECKPOINT)/options.yaml
 	$(BIN)/python run.py --checkpoint_path $(CHECKPOINT) --ablate --num_threads 1
