@@ -7,9 +7,12 @@ CHECKPOINT := outputs/demo/step_$(shell printf '%06d' $(STEPS))
 REAL_STEPS := $(shell sed -n 's/^max_steps: //p' configs/demo_real.yaml)
 REAL_CHECKPOINT := outputs/demo_real/step_$(shell printf '%06d' $(REAL_STEPS))
 
-.PHONY: demo demo_real test clean
+.PHONY: demo demo_real demo_steps test clean
 
 demo: .venv/.installed
+	$(BIN)/python bench/cpu_seconds.py $(MAKE) --no-print-directory demo_steps
+
+demo_steps:
 	$(BIN)/python demo.py
 	$(MAKE) --no-print-directory $(CHECKPOINT)/options.yaml
 	$(BIN)/python run.py --checkpoint_path $(CHECKPOINT) --ablate --num_threads 1

@@ -1,0 +1,33 @@
+"""The demo's products, what its warm-up imitates, and the seconds that make demo prints."""
+
+import random
+import sys
+from statistics import fmean
+
+import pytest
+
+import cpu_seconds
+import demo
+from reward import calculate_reward
+
+
+def test_a_photo_shows_as_many_cells_as_the_side_has():
+    photo = demo.draw_photo("mug", 3, 5, random.Random(0))
+    top, right = demo.PIXELS - 5 * demo.CELL, 3 * demo.CELL
+    dark = [[sum(photo.getpixel((x, y))) < 500 for x in range(demo.PIXELS)] for y in range(demo.PIXELS)]
+    assert [row for row, pixels in enumerate(dark) if any(pixels)] == list(range(top, demo.PIXELS))
+    assert all(pixels.index(False) == right for pixels in dark[top:])
+
+
+def test_perfect_imitation_earns_what_is_said():
+    rng = random.Random(0)
+    rewards = [calculate_reward(demo.answer_text(demo.miscounted(product, rng)), product.label)
+               for product in (demo.draw_product(rng) for _ in range(3000))]
+    assert fmean(rewards) == pytest.approx(0.68, abs=0.015)
+
+
+def test_seconds_of_a_command_are_printed_and_its_status_kept(monkeypatch, capfd):
+    monkeypatch.setattr(cpu_seconds, "PRODUCTS", 1)
+    burn = "import time, sys\nwhile time.process_time() < 1: pass\nsys.exit(3)"
+    assert cpu_seconds.main([sys.executable, "-c", burn]) == 3
+    assert capfd.readouterr().out.startswith("1 CPU seconds on ")
