@@ -63,6 +63,10 @@ class ModelOptions:
     sharding: Literal["none", "fsdp"] = option(
         "none", "with several processes, none: each holds all weights and gradients; fsdp: each holds its share of "
                 "them")
+    offload: bool = option(
+        False, "with sharding fsdp, on one GPU too: leave weights, gradients and Adam's moments in the host's memory, "
+               "which takes a step of the optimizer as well, and bring one layer after the other to the GPU; slower, "
+               "for GPUs with little memory")
     dtype: Literal["float32", "bfloat16"] = option("float32", "compute dtype; trainable weights stay float32")
     num_threads: int | None = option(None, "CPU threads for torch; default: torch's own choice", within="(0, inf)")
 
@@ -192,6 +196,9 @@ class LossOptions:
 class OptimizerOptions:
     """Optimizer"""
 
+    optimizer: Literal["adamw", "adamw_8bit"] = option(
+        "adamw", "adamw_8bit: AdamW with its moments in 8 bits, 2 bytes a number that trains instead of 8; needs "
+                 "bitsandbytes, not with sharding")
     lr: float = option(5e-6, "AdamW's peak learning rate", within="(0, inf)")
     lr_scheduler: Literal["constant", "linear", "cosine"] = option("constant", "course of the rate after the warm-up")
     min_lr_ratio: float = option(0.0, "linear and cosine end at this share of lr", within="[0, 1]")

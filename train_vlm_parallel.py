@@ -35,8 +35,18 @@ from evidence.evaluation import Record, evaluate, summarise
 from ground.errors import OptionError
 from ground.options import write_options
 from loss import group_advantages
+from models.footprint import splits
 from models.policy import Policy
-from models.processes import Interruption, Processes, interruptible, join, launch, leave, started_by_torchrun
+from models.processes import (
+    Interruption,
+    Processes,
+    interruptible,
+    join,
+    join_alone,
+    launch,
+    leave,
+    started_by_torchrun,
+)
 from models.sharding import (
     gathered,
     load_optimizer_state,
@@ -99,7 +109,10 @@ class Run:
 
 def train(options: TrainOptions) -> Path | None:
     """Train from the start (or --resume) to max_steps; returns the last checkpoint's folder."""
-    run = prepare(options, join(options.device))
+    processes = join(options.device)
+    if options.offload:
+        join_alone(options.device)
+    run = prepare(options, processes)
     per_step = options.batch_size * run.processes.world
     bar = tqdm(total=options.max_steps * per_step, initial=run.start * per_step, unit="product",
                disable=None if run.processes.main else True, dynamic_ncols=True)
@@ -276,7 +289,7 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     if not options.exact_path:
         check_fast_path(policy, reference, shares_vision, encoder, products, options, processes)
     idle = None
-    if options.sharding == "fsdp" and processes.world > 1:
+    if splits(options, processes.world):
         idle = make_idle(policy, options.group_size, options.train_vision)
         shard(policy)  # under an adapter: others are split since their weights were read, and so is the reference
         parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]

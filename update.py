@@ -292,12 +292,19 @@ def by_length(items: Sequence[Experience]) -> list[Experience]:
     return sorted(items, key=lambda item: len(item.prompts[0].input_ids))
 
 
-def make_optimizer(parameters: Sequence[Tensor], options: TrainOptions) -> torch.optim.AdamW:
+def make_optimizer(parameters: Sequence[Tensor], options: TrainOptions) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices only."""
     matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
     vectors = [parameter for parameter in parameters if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.adam_betas, eps=options.adam_eps)
+    settings = dict(lr=options.lr, betas=options.adam_betas, eps=options.adam_eps)
+    if options.optimizer == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **settings)
+    # One kernel, quick on a host too; torch's own choice on a GPU takes as much memory again as the weights.
+    fused = True if options.offload or parameters and parameters[0].device.type == "cuda" else None
+    return torch.optim.AdamW(groups, **settings, fused=fused)
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:

@@ -5,6 +5,7 @@ are the checks of ranges and between options, and the hint at the nearest right 
 """
 
 import difflib
+import importlib.util
 import math
 import re
 import typing
@@ -212,12 +213,31 @@ def check_training(options: TrainOptions) -> None:
         raise OptionError(f"--warmup_steps {options.warmup_steps} is more than --max_steps {options.max_steps}")
     check_lora(options)
     check_reference(options)
+    check_optimizer(options)
     if options.stop_after and not options.eval_every:
         raise OptionError(f"--stop_after {options.stop_after} needs evaluations: give --eval_every")
     if options.stop_after and not options.save_best:
         raise OptionError(f"--stop_after {options.stop_after} without --save_best would throw the best weights away")
     if options.resume and options.overwrite_output_dir:
         raise OptionError("--resume and --overwrite_output_dir contradict each other: take one")
+
+
+def check_optimizer(options: TrainOptions) -> None:
+    """Refuse an optimizer that isn't there or can't work where its weights are; raises OptionError."""
+    if options.offload and options.sharding == "none":
+        raise OptionError("--offload needs --sharding fsdp, on one GPU too: it brings weights to the GPU in the parts "
+                          "that fsdp splits them into")
+    if options.offload and options.lora_rank is not None:
+        raise OptionError("--offload and --lora_rank contradict each other: what trains is small, and the frozen "
+                          "weights are wanted whole while answers are sampled; --quantize 4bit makes them smaller")
+    if options.optimizer != "adamw_8bit":
+        return
+    if options.sharding != "none":
+        raise OptionError(f"--optimizer adamw_8bit and --sharding {options.sharding} contradict each other: moments in "
+                          "8 bits can't be shared out; take --sharding none, or --optimizer adamw")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise OptionError("--optimizer adamw_8bit needs bitsandbytes, which is not installed here: pip install "
+                          "bitsandbytes")
 
 
 def check_reference(options: TrainOptions) -> None:

@@ -28,6 +28,11 @@ class ModelError(UserError):
     """A model that can't be loaded or used; the text says which and what to do."""
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: its buffers lie there, also while its weights wait in the host's memory."""
+    return next(model.buffers(), next(model.parameters())).device
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One product's prompt, ready for the model: kept on the CPU, held once for all of the group's candidates."""

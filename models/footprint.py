@@ -6,13 +6,14 @@ biases, the vision's own layers while it trains. tests/test_scaling.py holds it 
 docs/scaling.md shows what comes of it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from config import TrainOptions
 from models.head import CHUNK_NUMBERS
 
+MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256}  # bytes a number that trains; in 8 bits a scale for 256 each
 _CHUNK = 64  # tokens that transformers' delta rule takes together
 _FOUR_BITS = 0.53  # bytes a number, scales among them
 
@@ -80,10 +81,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes: held all the time, and beside that at the fullest moment of each phase."""
+    """Bytes: held all the time, beside that at the fullest moment of each phase, and on the host with --offload."""
 
     held: dict[str, float]
     phases: dict[str, dict[str, float]]
+    host: dict[str, float] = field(default_factory=dict)
 
     @property
     def fullest(self) -> str:
@@ -123,16 +125,22 @@ def shape_of(language_model: nn.Module, head: nn.Module, vision: float = 0) -> S
 
 def footprint(shape: Shape, options: TrainOptions, work: Work, world: int = 1, on_gpu: bool = True) -> Footprint:
     """Count a step of one of `world` processes."""
-    split = options.sharding == "fsdp" and world > 1
+    split = splits(options, world)
     held = {name: size / (world if split else 1) for name, size in held_bytes(shape, options).items()}
-    gradients = {"gradients": held.pop("gradients")}
+    host = held if options.offload else {}
+    gradients = {} if options.offload else {"gradients": held.pop("gradients")}
     phases = {"rollout": _rollout(shape, options, work, split, on_gpu),
               "update, forward": _forward(shape, options, work, split, on_gpu) | gradients,
               "update, backward": _backward(shape, options, work, split, on_gpu) | gradients}
     if options.kl_weight:
         phases["reference"] = _reference(shape, options, work, split)
     features = {"photo features": 4.0 * options.batch_size * work.photo_tokens * shape.width}
-    return Footprint(held, {name: phase | features for name, phase in phases.items()})
+    return Footprint({} if options.offload else held, {name: phase | features for name, phase in phases.items()}, host)
+
+
+def splits(options: TrainOptions, world: int) -> bool:
+    """Whether weights are split, over processes or into parts that come from the host one after the other."""
+    return options.sharding != "none" and (world > 1 or options.offload)
 
 
 def held_bytes(shape: Shape, options: TrainOptions) -> dict[str, float]:
@@ -144,7 +152,7 @@ def held_bytes(shape: Shape, options: TrainOptions) -> dict[str, float]:
     if options.lora_rank:
         in_layers = shape.layers * shape.layer if options.quantize == "4bit" else 0
         weights = _FOUR_BITS * in_layers + size * (both - in_layers) + 4 * adapter
-    held = {"weights": weights, "gradients": 4 * trained, "Adam's moments": 8 * trained}
+    held = {"weights": weights, "gradients": 4 * trained, "Adam's moments": MOMENTS[options.optimizer] * trained}
     if options.kl_weight and not options.lora_rank:
         held["reference"] = size * shape.language + (4 if options.train_vision else size) * shape.vision
     return held

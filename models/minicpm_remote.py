@@ -18,7 +18,7 @@ from loguru import logger
 from PIL import Image
 from torch import Tensor, nn
 
-from models.family import AtBirth, Family, ModelError, Prompt, shrink
+from models.family import AtBirth, Family, ModelError, Prompt, device_of, shrink
 from models.remote_code import OFF, load_remote, local_folder
 from models.weights import add_weights, read_tensor, stored_tensors
 from sheets.photos import PhotoError
@@ -102,10 +102,11 @@ class MiniCPMRemote(Family):
         with_photos = [prompt for prompt in prompts if prompt.photos]
         if not with_photos:
             return [None] * len(prompts)
-        data = {"pixel_values": [_slices(prompt, model.device) for prompt in with_photos],
-                "tgt_sizes": [prompt.photos["target_sizes"].to(model.device, torch.int32) for prompt in with_photos],
+        device = device_of(model)
+        data = {"pixel_values": [_slices(prompt, device) for prompt in with_photos],
+                "tgt_sizes": [prompt.photos["target_sizes"].to(device, torch.int32) for prompt in with_photos],
                 # Text is embedded by the policy: one id a prompt and no place for photos leaves the features alone.
-                "input_ids": torch.zeros(len(with_photos), 1, dtype=torch.long, device=model.device),
+                "input_ids": torch.zeros(len(with_photos), 1, dtype=torch.long, device=device),
                 "image_bound": [[] for _ in with_photos]}
         _, features = model.get_vllm_embedding(data)  # per prompt (slices, queries, d)
         encoded = iter(features)

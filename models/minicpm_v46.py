@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, prompt_ids, shrink
+from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, device_of, prompt_ids, shrink
 from models.weights import load_checked, native_class
 
 _MARKERS = ("image_token", "video_token", "image_start_token", "image_end_token", "slice_start_token",
@@ -67,7 +67,8 @@ class MiniCPMV46(Family):
             return [None] * len(prompts)
         pixels = torch.cat([prompt.photos["pixel_values"] for prompt in with_photos], dim=-1)
         sizes = torch.cat([prompt.photos["target_sizes"] for prompt in with_photos])  # stays on the CPU: only counted
-        slices = model.model.get_image_features(pixels.to(model.device), sizes).pooler_output  # per slice (tokens, d)
+        pixels = pixels.to(device_of(model))
+        slices = model.model.get_image_features(pixels, sizes).pooler_output  # per slice (tokens, d)
         counts = [len(prompt.photos["target_sizes"]) for prompt in with_photos]
         grouped = iter(torch.cat(slices[sum(counts[:i]):sum(counts[:i + 1])]) for i in range(len(counts)))
         return [next(grouped) if prompt.photos else None for prompt in prompts]

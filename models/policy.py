@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from config import TrainOptions
 from models import lora, shared_prefix
 from models.decoding import PackedWriter, PlainWriter
-from models.family import ModelError, Prompt
+from models.family import ModelError, Prompt, device_of
 from models.head import Logits, compute_dtype, distribution, token_log_probs
 from models.loading import (
     DTYPES,
@@ -98,7 +98,7 @@ class Policy:
         self.dtype = dtype
         self.max_slice_nums = max_slice_nums
         self.max_pixels = max_pixels
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self._language_model = self.family.language_model(model)
         self._head = self.family.head(model)
         self._embed_tokens = self._language_model.get_input_embeddings()
@@ -380,5 +380,11 @@ def load_policy(model_path: str, options: TrainOptions, device: str, trust_remot
     model, tokenizer, image_processor = load_minicpm(
         model_path, dtype if options.lora_rank else torch.float32, trust_remote_code, options.quantize,
         at_birth and (lambda model: roots.append(at_birth(model))))
-    return Policy(model.to(choose_device(device)), tokenizer, image_processor, dtype, options.max_slice_nums,
+    if options.offload and roots:  # what is split waits on the host, and is computed with on the GPU
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(choose_device(device)))
+    else:
+        model.to(choose_device(device))
+    return Policy(model, tokenizer, image_processor, dtype, options.max_slice_nums,
                   options.max_pixels, options.exact_path, options.gradient_checkpointing and trains, *roots)

@@ -138,6 +138,14 @@ def join(device: str) -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size())
 
 
+def join_alone(device: str) -> None:
+    """Make a process group of this process alone, which --offload wants; nothing where there is one already."""
+    if not dist.is_initialized():
+        on_gpu = choose_device(device).type == "cuda"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0,
+                                world_size=1)
+
+
 def leave() -> None:
     """Leave the process group, if this process is in one."""
     if dist.is_initialized():

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, load_tokenizer, prompt_ids
+from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, device_of, load_tokenizer, prompt_ids
 from models.weights import load_checked, native_class
 from sheets.photos import PhotoError
 
@@ -72,7 +72,7 @@ class Qwen25VL(Family):
             return [None] * len(prompts)
         pixels = torch.cat([prompt.photos["pixel_values"] for prompt in with_photos])
         grids = torch.cat([prompt.photos["image_grid_thw"] for prompt in with_photos])
-        out = model.model.get_image_features(pixels.to(model.device), grids.to(model.device))
+        out = model.model.get_image_features(pixels.to(device_of(model)), grids.to(device_of(model)))
         counts = [int(self.photo_positions(model, prompt).sum()) for prompt in with_photos]
         split = iter(self._features(out).split(counts))
         return [next(split) if prompt.photos else None for prompt in prompts]

@@ -5,6 +5,7 @@ outside them belongs to the root, whose forward is one call a row. While answers
 once, not once a token.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,26 +13,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from models.policy import Policy, Root, repeated_layers
 from models.weights import own_rows
 
 
-def splitter(dtype: torch.dtype) -> Callable[..., Root]:
+def splitter(dtype: torch.dtype, offload: bool = False) -> Callable[..., Root]:
     """Give a function that splits a model's weights over the default process group and returns the root under which it
     computes from now on, a given one or a new one.
 
-    dtype: that of matrix products. A model on meta reads only this process's share of its weights afterwards.
+    dtype: that of matrix products. offload: shares stay in the host's memory. A model on meta reads only this process's
+    share of its weights afterwards.
     """
     compute = torch.bfloat16 if dtype == torch.bfloat16 else None
-    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    how = {"mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
+           "offload_policy": CPUOffloadPolicy(torch.cuda.is_available()) if offload else OffloadPolicy()}
 
     def split(model: nn.Module, root: Root | None = None) -> Root:
         for layer in repeated_layers(model):
-            fully_shard(layer, mp_policy=precision)
-        return fully_shard(root or Root(model), mp_policy=precision)
+            fully_shard(layer, **how)
+        return fully_shard(root or Root(model), **how)
 
     return split
 
@@ -173,9 +176,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         parameter = parameters[index]
         for name, value in values.items():
             if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-                values[name] = value.clone()
+                values[name] = copy.deepcopy(value)  # 8-bit moments are no tensors but dictionaries of them
                 continue
             own = value[own_rows(parameter)].to(parameter.device, copy=True)
-            values[name] = DTensor.from_local(own, parameter.device_mesh, parameter.placements, run_check=False,
-                                              shape=parameter.shape, stride=parameter.stride())
+            held = DTensor.from_local(own, parameter.device_mesh, parameter.placements, run_check=False,
+                                      shape=parameter.shape, stride=parameter.stride())
+            values[name] = held.to(parameter.device)  # with --offload the mesh is of GPUs, the share on the host
     optimizer.load_state_dict(state)

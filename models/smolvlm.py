@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, load_tokenizer, prompt_ids
+from models.family import AtBirth, Family, ModelError, Prompt, chat_parts, device_of, load_tokenizer, prompt_ids
 from models.weights import load_checked, native_class
 
 _PLACEHOLDER, _AROUND, _OVERVIEW = "<image>", "<fake_token_around_image>", "<global-img>"
@@ -77,7 +77,7 @@ class SmolVLM(Family):
         if not with_photos:
             return [None] * len(prompts)
         frames = torch.cat([prompt.photos["pixel_values"] for prompt in with_photos], dim=1)
-        features = torch.cat(model.model.get_image_features(frames.to(model.device)).pooler_output)  # (tokens, d)
+        features = torch.cat(model.model.get_image_features(frames.to(device_of(model))).pooler_output)  # (tokens, d)
         counts = [int(self.photo_positions(model, prompt).sum()) for prompt in with_photos]
         split = iter(features.split(counts))
         return [next(split) if prompt.photos else None for prompt in prompts]

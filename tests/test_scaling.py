@@ -3,6 +3,7 @@
 Print the tables with PYTHONPATH=. python tests/test_scaling.py.
 """
 
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from config import TrainOptions
+from ground.options import parse_options
 from models.footprint import Work, footprint, kept_in_a_layer, shape_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,7 +159,9 @@ SLOW = 1e10  # bytes/s of a machine with one card of 100 Gbit/s
 # What trains, as options; sharding where there are more GPUs than one.
 WAYS = {"LoRA": {"lora_rank": 32, "gradient_checkpointing": True}, "LoRA, no checkpointing": {"lora_rank": 32},
         "QLoRA": {"lora_rank": 32, "gradient_checkpointing": True, "quantize": "4bit"},
-        "full": {"gradient_checkpointing": True}}
+        "full": {"gradient_checkpointing": True},
+        "full, Adam in 8 bits": {"gradient_checkpointing": True, "optimizer": "adamw_8bit"},
+        "full, offloaded": {"gradient_checkpointing": True, "offload": True}}
 
 
 @cache
@@ -188,7 +192,8 @@ MODELS = {"MiniCPM-o-2_6": o26, "MiniCPM-V-4.6": v46}
 
 def counted(shape, options, gpus):
     """A step of the tables' lengths, as many products a pass as the options say, one where they leave it open."""
-    work = Work(LONG, PHOTO_TOKENS, options.micro_batch_size or 1, options.rollout_batch_size or 1)
+    work = Work(LONG, PHOTO_TOKENS, min(options.micro_batch_size or 1, options.batch_size),
+                min(options.rollout_batch_size or 1, options.batch_size))
     return footprint(shape, options, work, gpus)
 
 
@@ -199,7 +204,8 @@ def fits(size, card):
 
 def memory_rows():
     """model, way, GPUs, GB on each at the fullest moment, which that is, and whether that fits 24, 40, 80."""
-    cases = [(way, 1, "none") for way in WAYS] + [("full", 4, "fsdp"), ("full", 8, "fsdp")]
+    cases = [(way, 1, "fsdp" if "offload" in WAYS[way] else "none") for way in WAYS]
+    cases += [("full", 4, "fsdp"), ("full", 8, "fsdp")]
     for name, model in MODELS.items():
         for way, gpus, sharding in cases:
             options = TrainOptions(dtype="bfloat16", sharding=sharding, **WAYS[way])
@@ -209,9 +215,38 @@ def memory_rows():
             yield "| " + " | ".join(cells) + " |"
 
 
+CONFIGS = sorted((ROOT / "configs").glob("minicpm*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_ready_file_fits_the_gpus_that_it_names(path, tmp_path):
+    """With as many products a pass as it asks for; where it leaves that open the pre-flight takes what fits."""
+    (tmp_path / "data.xlsx").touch()
+    options = parse_options(TrainOptions, "", ["--config", str(path), "--data_path", str(tmp_path / "data.xlsx")])
+    gpus, card = re.search(r"_(?:(\d+)x)?(\d+)gb", path.stem).groups()
+    assert len(options.gpu_ids) == (int(gpus) if gpus else 0) and options.dtype == "bfloat16"
+    name = next(name for name in MODELS if path.stem.startswith(name.lower()))
+    assert fits(counted(MODELS[name](), options, int(gpus or 1)).peak, int(card))
+    assert f"`configs/{path.name}`" in (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+
+
+def test_what_is_offloaded_is_with_the_host():
+    options = TrainOptions(dtype="bfloat16", sharding="fsdp", **WAYS["full, offloaded"])
+    count, split = (counted(o26(), each, gpus) for each, gpus in ((options, 1), (replace(options, offload=False), 4)))
+    assert not count.held and round(sum(count.host.values()) / 1e9) == 140  # 16 L + 4 V + 2 (L + V), as one without
+    assert {name: size / 4 for name, size in count.host.items() if name != "gradients"} == split.held
+    assert "gradients" not in count.phases["update, backward"]
+    assert count.phases["rollout"] == split.phases["rollout"]
+    # Adam in 8 bits: 8 - 2 - 8 / 256 bytes less for each number that trains
+    small = counted(o26(), TrainOptions(dtype="bfloat16", **WAYS["full, Adam in 8 bits"]), 1)
+    whole = counted(o26(), TrainOptions(dtype="bfloat16", **WAYS["full"]), 1)
+    assert whole.peak - small.peak == pytest.approx(5.96875 * o26().language)
+
+
 def part_rows():
     """What the fullest moment of some cases is made of, in GB."""
     for way, gpus, sharding in (("LoRA", 1, "none"), ("LoRA, no checkpointing", 1, "none"), ("full", 1, "none"),
+                                ("full, Adam in 8 bits", 1, "none"), ("full, offloaded", 1, "fsdp"),
                                 ("full", 8, "fsdp")):
         count = counted(o26(), TrainOptions(dtype="bfloat16", sharding=sharding, **WAYS[way]), gpus)
         parts = count.held | count.phases[count.fullest]

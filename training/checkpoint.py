@@ -177,7 +177,7 @@ def newest_whole(found: list[Path]) -> Path:
 
 # Options that a resumed run may change freely; any other difference means other steps than without the stop.
 # Of batch_size only its product with the number of processes counts: see check_products.
-_FREE = {"batch_size", "preflight", "gpu_ids", "sharding", "gradient_checkpointing", "checkpoint_path",
+_FREE = {"batch_size", "preflight", "gpu_ids", "sharding", "offload", "gradient_checkpointing", "checkpoint_path",
          "trust_remote_code", "device", "num_threads", "image_cache_dir", "download_missing", "on_bad_row",
          "rollout_batch_size", "prompt_cache_mb", "micro_batch_size", "max_bad_steps", "max_kl", "min_entropy",
          "output_dir", "log_dir", "save_every", "keep_last", "eval_every", "eval_samples", "show_every", "save_best",
@@ -190,6 +190,9 @@ def read_state(path: Path, options: TrainOptions, world: int = 1) -> dict[str, A
     world: how many processes there are. Raises OptionError when they take another number of products a step.
     """
     saved = read_options(path / OPTIONS_FILE)
+    if saved.optimizer != options.optimizer:
+        raise OptionError(f"--optimizer {options.optimizer}: the run in {path} had {saved.optimizer}, which holds its "
+                          "moments in another way: give that, or start anew from its weights with --checkpoint_path")
     free = _FREE | ({"max_steps"} if options.lr_scheduler == "constant" else set())
     for name, before in asdict(saved).items():
         now = getattr(options, name)

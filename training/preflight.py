@@ -30,7 +30,8 @@ from update import Learner, backward, log_probs_under, pretend
 _LOOKED_AT = 8  # products of the most photos, and as many of the longest texts: opening all would take too long
 _KEPT_FREE = 0.1  # of a GPU's memory: what other libraries take, and what lies in pieces too small
 GIB = 2 ** 30
-ADVICE = ("Train less of the model (--lora_rank), share it out (--sharding fsdp), keep less for the backward pass "
+ADVICE = ("Train less of the model (--lora_rank), share it out (--sharding fsdp), leave it with the host (--sharding "
+          "fsdp --offload), hold the moments in 8 bits (--optimizer adamw_8bit), keep less for the backward pass "
           "(--gradient_checkpointing) or do without the reference policy (--kl_weight 0), or lower --max_pixels, "
           "--max_slice_nums, --max_prompt_length, --max_length or --group_size")
 
@@ -219,10 +220,18 @@ def products_that_fit(total: int, held: int, peak: int, moments: int, most: int)
 
 
 def moments_to_come(learner: Learner) -> int:
-    """The bytes that Adam takes at its first step: two moments for each number that trains in this process."""
+    """The bytes that Adam takes at its first step, where the policy computes: two moments for each number that trains
+    in this process."""
     if learner.optimizer.state:
         return 0
-    return sum(2 * parameter.element_size() * local_numel(parameter) for parameter in learner.parameters)
+    in_8_bits, device = not isinstance(learner.optimizer, torch.optim.AdamW), learner.policy.device.type
+    return sum(moments_of(local_numel(parameter), in_8_bits) for parameter in learner.parameters
+               if parameter.device.type == device)  # with --offload they are on the host
+
+
+def moments_of(numbers: int, in_8_bits: bool) -> int:
+    """The bytes of the moments of a tensor; bitsandbytes leaves small ones in float32, others have a scale for 256."""
+    return 2 * (numbers + 4 * -(-numbers // 256)) if in_8_bits and numbers >= 4096 else 8 * numbers
 
 
 def local_numel(parameter: torch.Tensor) -> int:

@@ -13,6 +13,7 @@ from config import SheetOptions, TrainOptions
 from ground.commands import TIMED, log_to_console
 from ground.errors import OptionError
 from ground.options import held_out_sheet
+from models.footprint import splits
 from models.loading import DTYPES, freeze, load_weights
 from models.lora import is_adapter, rank_of
 from models.policy import Policy, Root, load_policy
@@ -104,7 +105,7 @@ def load_models(options: TrainOptions, resume_from: Path | None, processes: Proc
         policy = load_adapted(options, resume_from)
         return policy, policy.without_adapter() if options.kl_weight else None, True
     dtype = DTYPES[options.dtype]
-    split = splitter(dtype) if options.sharding == "fsdp" and processes.world > 1 else None
+    split = splitter(dtype, options.offload) if splits(options, processes.world) else None
     parts = options.model_path, options, options.device, options.trust_remote_code
     policy = load_policy(*parts, split)
     vision = [parameter for module in policy.family.vision_modules(policy.model) for parameter in module.parameters()]

@@ -17,6 +17,7 @@ import rollout
 import train_vlm_parallel as training
 from config import TrainOptions
 from ground.options import parse_options
+from models.processes import leave
 from rounding import float64
 from runs import write_shop
 
@@ -35,7 +36,7 @@ def folder(tmp_path_factory, tokenizer, image_processor):
                 training.train(options_of_case(folder, name, 4))
         for name in RESUMED:
             begun = options_of_case(folder, name, 2, max_steps=1)
-            training.train(replace(begun, batch_size=4, sharding="none"))
+            training.train(replace(begun, batch_size=4, sharding="none", offload=False))
     rollout.score_answer = good
     kill_a_run(folder, folder / "killed", 2, 0, one_only=True, words="step 3/", steps=STEPS)  # the pair resumes it
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -76,6 +77,7 @@ def difference(one, other):
 @pytest.mark.parametrize("name", [*CASES, *RESUMED])
 def test_two_processes_train_as_one_does(folder, name):
     measure = {"none, resumed": "none, full, hybrid", "fsdp, resumed": "none, full, hybrid",
+               "fsdp, offload": "none, full, hybrid", "fsdp, offload, resumed": "none, full, hybrid",
                "fsdp, options, resumed": "none, options"}.get(name, name.replace("fsdp", "none"))
     alone = last_weights(folder, measure, 4)
     assert difference(last_weights(folder, name, 2), alone) < 1e-9
@@ -105,6 +107,7 @@ def test_ready_configs_start(folder, tmp_path, path):
         tmp_path = folder / path.stem
     else:
         training.train(options_of_config(path, folder, tmp_path))
+        leave()  # of a group of one, which --offload makes
     saved = {file.name for file in (tmp_path / "run" / "step_000001").iterdir()}
     assert ("adapter_model.safetensors" if "lora" in path.name else "model.safetensors") in saved
     assert parse_options(TrainOptions, "", ["--config", str(path), "--data_path", str(folder / "data.xlsx")]).gpu_ids \

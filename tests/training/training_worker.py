@@ -48,11 +48,13 @@ CASES = {
     "fsdp, vision": {"train_vision": True, "missing_photos": "text_only", "sharding": "fsdp"},
     "none, options": LEARNING,
     "fsdp, options": {**LEARNING, "sharding": "fsdp"},
+    "fsdp, offload": {"sharding": "fsdp", "offload": True},
 }
 RESUMED = {  # from what one process began
     "none, resumed": {},
     "fsdp, resumed": {"sharding": "fsdp"},
     "fsdp, options, resumed": {**LEARNING, "sharding": "fsdp"},
+    "fsdp, offload, resumed": {"sharding": "fsdp", "offload": True},
 }
 
 
