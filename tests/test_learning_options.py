@@ -41,7 +41,7 @@ def equal(one, other):
 class PlainGRPO(VLM_GRPOLoss):
     """The clipped loss with its KL term and nothing else."""
 
-    def terms(self, log_probs, experience, entropy=None):
+    def terms(self, log_probs, experience, entropy=None, blind_log_probs=None):
         mask, advantages = experience.action_mask, experience.advantages.reshape(-1, 1)
         log_probs, old = (torch.where(mask, each, 0.0) for each in (log_probs, experience.old_log_probs))
         ratio = (log_probs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
