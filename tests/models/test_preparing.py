@@ -15,7 +15,10 @@ import psutil
 import pytest
 import torch
 
+import run as comparing
+import test_model as answering
 import train_vlm_parallel as training
+from config import AnswerOptions, CompareOptions
 from conftest import native_policy
 from models import preparing
 from models.preparing import NoSharedMemory, Preparer, worker_count
@@ -23,6 +26,7 @@ from rollout import PromptEncoder, PromptError, rollout_groups
 from runs import train_options, weights
 from sheets.samples import PhotoError, Sample, load_photos
 from tiny import noise_photo
+from training.trained import TrainedModel
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -223,11 +227,22 @@ def test_how_many_workers(monkeypatch):
     assert worker_count(None, gpu) == 0
 
 
-def test_a_run_with_workers_is_the_same_to_the_bit(shop, tmp_path):
+def test_a_run_with_workers_is_the_same_to_the_bit(shop, tmp_path, monkeypatch):
     folders = [training.train(train_options(shop, tmp_path / str(workers), workers=workers, max_steps=2, eval_every=2,
                                             preflight=False)) for workers in (0, 2)]
     one, other = map(weights, folders)
     assert all(torch.equal(one[name], other[name]) for name in one)
+    # And the commands that open what was trained take their own --workers, not the run's.
+    asked = []
+    monkeypatch.setattr(TrainedModel, "encoder", lambda model, workers=0: asked.append(workers) or 1 / 0)
+    for command, options in ((comparing, CompareOptions(checkpoint_path=str(folders[1]), workers=3, device="cpu")),
+                             (answering, AnswerOptions(model_path=str(folders[1]), workers=4, device="cpu",
+                                                       data_path=str(shop / "data.xlsx"),
+                                                       output_path=str(tmp_path / "answers.xlsx"))),
+                             (answering, AnswerOptions(model_path=str(folders[1]), text="box 1", device="cpu"))):
+        with pytest.raises(ZeroDivisionError):
+            command.main(options)
+    assert asked == [3, 4, 0]  # one product alone is not worth a process
 
 
 def test_workers_end_with_the_process_that_they_work_for():
