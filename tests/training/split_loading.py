@@ -138,7 +138,7 @@ def check_starts(options, folder, numbers, two):
     with mock.patch.object(training, "allocate_state"):  # what training holds comes later
         taken, _ = peak(lambda: training.prepare(guarded, two), numbers)
     print(f"a start with fsdp and the guard: {taken:.2f} of the weights", flush=True)
-    assert taken < 1.4  # all of them in float32 would be 1 more than the shares
+    assert taken < 1.6  # it was 2.2 with all of them gathered
     adapted = replace(options, lora_rank=4, dtype="float32")
     taken, _ = peak(lambda: training.load_models(adapted, None, two), numbers)
     print(f"a start with fsdp and an adapter: {taken:.2f} of the weights", flush=True)
