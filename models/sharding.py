@@ -61,8 +61,8 @@ def gathered(policy: Policy) -> Iterator[None]:
     try:
         yield
     finally:
+        give_back(policy)
         for unit in units:
-            unit.reshard()
             unit.set_reshard_after_forward(unit is not policy.root, recurse=False)
 
 
@@ -77,9 +77,12 @@ def units_of(policy: Policy) -> list[FSDPModule]:
 
 
 def give_back(policy: Policy) -> None:
-    """Keep no more than this process's share: the root's weights are left whole by a pass without gradient."""
+    """Keep no more than this process's share, and forget passes: what one without gradient, or one that failed, leaves
+    behind would let the next one gather in another order than other processes do."""
     for unit in units_of(policy):
         unit.reshard()
+    if is_split(policy) and policy.root._get_fsdp_state()._is_root:  # a pass has been made
+        policy.root.reset_iter_state()
 
 
 def numbers_at_once(policy: Policy) -> int:
@@ -124,7 +127,7 @@ class Lockstep:
 
         What it computes means nothing: forget_gradients() comes next, in all processes.
         """
-        self._policy.root.reset_iter_state()
+        give_back(self._policy)
         self.forget_gradients()
         self._to_leave_out = self._taken_part
         smallest_pass()

@@ -30,7 +30,7 @@ from sheets.samples import PhotoError, Sample
 
 GROUP, TOKENS = 2, 16  # answers to each prompt, and tokens of an answer at most: more only take longer
 TOKENS_SPLIT = 6  # for each of them every layer is gathered
-PROBED = 2 ** 20  # numbers of a layer whose gradient is looked at, at most
+PROBED = 2 ** 18  # numbers of a layer whose gradient is looked at, or those of one weight: they are kept for each way
 PHOTOS = 2  # of the product at most, for the same reason
 BATCHES = {"two prompts together": [0, 1], "one prompt alone": [1]}
 
@@ -251,8 +251,8 @@ def choose_probes(policy: Policy) -> list[nn.Parameter]:
     layers, chosen = policy.family.language_model(policy.model).layers, []
     for layer in (layers[0], layers[-1]):
         trainable = sorted((each for each in layer.parameters() if each.requires_grad), key=nn.Parameter.numel)
-        numbers = accumulate(each.numel() for each in trainable)
-        chosen += [each for each, so_far in zip(trainable, numbers, strict=True) if so_far <= PROBED]
+        count = sum(so_far <= PROBED for so_far in accumulate(each.numel() for each in trainable))
+        chosen += trainable[:max(1, count)]
     return chosen
 
 

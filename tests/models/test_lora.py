@@ -266,6 +266,7 @@ def test_comparing_and_answering_with_an_adapter(trained, capsys):
     ({"lora_alpha": 8}, "--lora_alpha 8 needs --lora_rank"),
     ({"quantize": "4bit"}, "--quantize 4bit needs --lora_rank"),
     ({"lora_rank": 4, "train_vision": True}, "adapters are on the language model only"),
+    ({"lora_rank": 4, "quantize": "4bit", "sharding": "fsdp"}, "take --sharding none, or --quantize none"),
     ({"lora_rank": 0}, "--lora_rank 0: must be above 0"),
 ])
 def test_options_that_contradict_are_refused(shop, tmp_path, changes, said):

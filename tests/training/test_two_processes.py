@@ -62,7 +62,7 @@ def test_each_process_reads_its_share(folder):
     """The weights to the bit, and the memory that it takes: compared in both processes, by split_loading.py."""
     said = (folder / "said.txt").read_text()
     assert said.count("read alike") == 2 * len(split_loading.KINDS)
-    assert said.count("of the weights") in (0, 2 * 3)  # where memory can be looked at
+    assert said.count("of the weights") in (0, 2 * 5)  # where memory can be looked at
 
 
 def test_a_fault_in_what_is_split_is_caught_in_both_dtypes(folder):
@@ -92,9 +92,10 @@ def test_two_processes_train_as_one_does(folder, name):
         assert difference(alone, start) > 2e-4  # three steps of 1e-4
 
 
-def test_a_process_whose_rollouts_fail_changes_nothing_else(folder):
-    """What is left are the other's products, sharded or not."""
-    one, other = (load_file(folder / f"failing {sharding}" / "step_000002" / "model.safetensors")
+@pytest.mark.parametrize("fault", ["failing", "dropped"])
+def test_a_process_whose_rollouts_fail_changes_nothing_else(folder, fault):
+    """What is left are the other products, sharded or not."""
+    one, other = (load_file(folder / f"{fault} {sharding}" / "step_000002" / "model.safetensors")
                   for sharding in ("none", "fsdp"))
     assert difference(one, other) < 1e-9
     assert difference(one, load_file(folder / "model" / "model.safetensors")) > 1e-4

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -33,6 +34,7 @@ from config import TrainOptions  # noqa: E402
 from ground.options import parse_options  # noqa: E402
 from models import shared_prefix  # noqa: E402
 from models.family import ModelError  # noqa: E402
+from models.policy import Policy, repeated_layers  # noqa: E402
 from models.sharding import whole  # noqa: E402
 from rounding import float64  # noqa: E402
 from runs import train_options  # noqa: E402
@@ -152,6 +154,27 @@ def failing_rollouts(folder, sharding):
     assert sum("no rollout" in line for line in said) == 4 * dist.get_rank()
 
 
+def dropped_half_way(folder, sharding):
+    """One product of the second process has no room even alone, half-way through the layers, and comes last."""
+    good, hopeless, said = Policy.sample, [], []
+
+    def sample(policy, prompts, *args):
+        if len(prompts) > 1:
+            hopeless[:] = prompts[-1:]
+        if not any(prompts[-1] is each for each in hopeless):
+            return good(policy, prompts, *args)
+        layer = repeated_layers(policy._language_model)[-2]
+        with mock.patch.object(layer, "forward", side_effect=torch.OutOfMemoryError("planted")):
+            return good(policy, prompts, *args)
+
+    sink = logger.add(lambda line: said.append(str(line)), format="{message}")
+    with mock.patch.object(Policy, "sample", sample if dist.get_rank() == 1 else good):
+        training.train(options_of_case(folder, f"{sharding}, full, hybrid", 2, max_steps=2, exact_path=True,
+                                       output_dir=str(folder / f"dropped {sharding}")))
+    logger.remove(sink)
+    assert sum("no rollout" in line and "out of memory" in line for line in said) == dist.get_rank()
+
+
 def planted_nan(folder, sharding):
     """A NaN in the second process's gradient: both skip the step, and have the same weights after the next."""
     options = options_of_case(folder, f"{sharding}, full, hybrid", 2, output_dir=str(folder / f"NaN {sharding}"))
@@ -252,6 +275,7 @@ def main(folder):
             print(f"{name}: done, {reductions} reductions", flush=True)
         for sharding in ("none", "fsdp"):
             failing_rollouts(folder, sharding)
+            dropped_half_way(folder, sharding)
             planted_nan(folder, sharding)
             print(f"faults, {sharding}: done", flush=True)
         second = dist.get_rank() == 1
