@@ -6,12 +6,13 @@ rotation and residuals take as few operations as torch has for them. A model wit
 to transformers' code.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu, softplus
 
@@ -29,6 +30,10 @@ class LeanDecoder:
         self.layers = [_Layer(layer, dtype, wide) for layer in language_model.layers]
         self._norm = _Norm(language_model.norm, wide)
         self._rotation = language_model.rotary_emb
+        own = {weight.untyped_storage().data_ptr() for weight in language_model.parameters()}
+        weights = [product.weight for layer in self.layers for product in layer.products]
+        self.copied = sum(weight.nbytes for weight in weights  # bytes that are not the model's own
+                          if weight.untyped_storage().data_ptr() not in own)
 
     def __call__(self, hidden: Tensor, positions: Tensor, layout: Any) -> Tensor:
         """Run hidden (B, L, d) at positions ([axes,] B, L) through the layers."""
@@ -42,19 +47,32 @@ class LeanDecoder:
 @contextmanager
 def lean(language_model: nn.Module, dtype: torch.dtype, wide: torch.dtype) -> Iterator[LeanDecoder | None]:
     """Let a language model's layers compute the lean way inside of the block: products in dtype, sums between layers in
-    wide. Yields its decoder; None, and changes nothing, where a layer or a weight is of a kind that isn't known."""
-    if not _is_known(language_model):
+    wide. Yields its decoder; None, and changes nothing, where a layer or a weight is of a kind that isn't known, or
+    where there is no memory for copies."""
+    decoder = _make(language_model, dtype, wide)
+    if decoder is None:
         yield None
         return
     try:
         with torch.autocast(language_model.device.type, enabled=False):
-            decoder = LeanDecoder(language_model, dtype, wide)
             for layer, own in zip(language_model.layers, decoder.layers, strict=True):
                 layer.forward = partial(_forward, own)
             yield decoder
     finally:
         for layer in language_model.layers:
             vars(layer).pop("forward", None)
+
+
+def _make(language_model: nn.Module, dtype: torch.dtype, wide: torch.dtype) -> LeanDecoder | None:
+    if not _is_known(language_model):
+        return None
+    try:
+        with torch.autocast(language_model.device.type, enabled=False):
+            return LeanDecoder(language_model, dtype, wide)
+    except torch.OutOfMemoryError:
+        logger.warning("no memory for copies of the language model's weights while answers are written: each layer "
+                       "casts and adapts its own for every token, which is slower")
+        return None
 
 
 def _forward(own: "_Layer", hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], layout: Any,
@@ -79,13 +97,14 @@ class _Layer:
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype, wide: torch.dtype):
         attends = hasattr(layer, "self_attn")
-        self._mix: Callable[..., Tensor] = (_Attention(layer.self_attn, dtype, wide) if attends else
-                                            _DeltaNet(layer.linear_attn, dtype, wide))
+        self._mix = (_Attention(layer.self_attn, dtype, wide) if attends else
+                     _DeltaNet(layer.linear_attn, dtype, wide))
         self._out = _Product([layer.self_attn.o_proj if attends else layer.linear_attn.out_proj], dtype)
         self._norm, self._mlp_norm = (_Norm(norm, wide) for norm in
                                       (layer.input_layernorm, layer.post_attention_layernorm))
         self._gate_up = _Product([layer.mlp.gate_proj, layer.mlp.up_proj], dtype)
         self._down, self._activation = _Product([layer.mlp.down_proj], dtype), layer.mlp.act_fn
+        self.products = [self._mix, self._out, self._gate_up, self._down]
 
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, layout: Any) -> Tensor:
         """Hidden (B, L, d), cos and sin (B, L, 1, rotated width)."""
@@ -102,18 +121,18 @@ class _Product:
 
     def _lay(self, parts: Sequence[tuple[Tensor, Tensor | None]], dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._weight, self._bias = (
+        self.weight, self._bias = (
             _side_by_side([weight.to(dtype) for weight, _ in parts]),
             None if parts[0][1] is None else _side_by_side([bias.to(dtype) for _, bias in parts]))
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        return linear(inputs.to(self._dtype), self._weight, self._bias)
+        return linear(inputs.to(self._dtype), self.weight, self._bias)
 
     def added(self, hidden: Tensor, inputs: Tensor) -> Tensor:
         """The product added to hidden (B, L, d), in hidden's dtype."""
         if self._bias is not None or hidden.dtype != self._dtype:
             return hidden + self(inputs)
-        return torch.addmm(hidden.flatten(0, 1), inputs.flatten(0, 1), self._weight.T).view(hidden.shape)
+        return torch.addmm(hidden.flatten(0, 1), inputs.flatten(0, 1), self.weight.T).view(hidden.shape)
 
 
 def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:

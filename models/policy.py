@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +23,7 @@ from models import lora, shared_prefix
 from models.decoding import PackedWriter, PlainWriter, room_for
 from models.family import ModelError, Prompt, PromptParts, device_of
 from models.head import Logits, compute_dtype, token_log_probs
-from models.lean import lean
+from models.lean import LeanDecoder, lean
 from models.loading import (
     DTYPES,
     choose_device,
@@ -35,6 +36,8 @@ from models.loading import (
 )
 from models.memory import PassSize
 from models.sampling import Drawing, Generation, write
+
+_WORTH_SAYING = 2 ** 30 // 100  # bytes of copies
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class Policy:
         self.adapter: Any = None  # peft's wrapper around the model, when low-rank adapters are in it
         self.adapter_name: str | None = lora.TRAINED  # the one that works here; None: the base alone
         self.sampled_together = PassSize()
+        self._copies_said = False
 
     @property
     def rounds(self) -> bool:
@@ -215,12 +219,19 @@ class Policy:
             writer = self._begin_plain(prefix, features, group_size)
             return write(writer, drawing, self._embed_ids, len(prompts), length, steady=False)
         with lean(self._language_model, dtype, prefix.inputs.dtype) as decoder:
+            self._say_copies(decoder)
             layout = shared_prefix.lay_out_prompts([len(prompt.input_ids) for prompt in prompts], self.device,
                                                    room_for(prefix.inputs.shape[1], group_size, length, self.device))
             hidden = self._forward(prefix, features, layout=layout).last_hidden_state.flatten(0, 1)
             writer = PackedWriter(decoder or self._decode, layout, hidden.index_select(0, layout.predictors),
                                   prefix.last_positions, group_size, length)
             return write(writer, drawing, self._embed_ids, len(prompts), length, steady=decoder is not None)
+
+    def _say_copies(self, decoder: LeanDecoder | None) -> None:
+        if decoder is not None and decoder.copied >= _WORTH_SAYING and not self._copies_said:
+            logger.info(f"while answers are written, copies of the language model's weights in {self.dtype} take "
+                        f"{decoder.copied / 2 ** 30:.2f} GiB")
+            self._copies_said = True
 
     def _begin_plain(self, prefix: _Rows, features: Sequence[Tensor | None], group_size: int) -> PlainWriter:
         """Run the prompts through the model once, into transformers' own cache."""
