@@ -422,7 +422,7 @@ class DemoOptions:
                "product texts that name their sizes, instead of a tiny model and drawings")
     products: int = option(800, "products to train on", within="(0, inf)")
     held_out: int = option(96, "products held out", within="(0, inf)")
-    warm_up_steps: int = option(550, "steps of the warm-up before GRPO", within="(0, inf)")
+    warm_up_steps: int = option(300, "steps of the warm-up in which the model learns to see", within="(0, inf)")
     seed: int = option(0, "seed of catalogue, model and warm-up", within="[0, inf)")
 
 

@@ -1,6 +1,6 @@
 """Compare the model before and after training on the same held-out products.
 
-    python run.py --checkpoint_path outputs/demo/step_000420 [--ablate] [--also outputs/demo/step_000210]
+    python run.py --checkpoint_path outputs/demo/step_000200 [--ablate] [--also outputs/demo/step_000100]
 
 Prompt, photo budget, parser, reward and sampling are those the checkpoint was trained with. Writes compare.html (the
 page to show), compare.xlsx and compare.json beside the checkpoint and prints the table. A comparison that is killed

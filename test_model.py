@@ -1,7 +1,7 @@
 """Try one model on one product, or on a sheet.
 
     python test_model.py --model_path demo/model --text "mug, grid 5 cm" --image front.png --image side.png
-    python test_model.py --model_path outputs/demo/step_000420 --data_path demo/held_out.xlsx --accept_at 0.93
+    python test_model.py --model_path outputs/demo/step_000200 --data_path demo/held_out.xlsx --accept_at 0.93
 
 A checkpoint brings the prompt, photo budget and sampling it was trained with; an adapter brings the model under it. The
 same text and photos are answered alike wherever they stand: alone, in any row of any sheet. A sheet comes back with

@@ -8,7 +8,7 @@ import pytest
 
 import cpu_seconds
 import demo
-from reward import calculate_reward
+from reward import score_answer
 
 
 def test_a_photo_shows_as_many_cells_as_the_side_has():
@@ -21,9 +21,10 @@ def test_a_photo_shows_as_many_cells_as_the_side_has():
 
 def test_perfect_imitation_earns_what_is_said():
     rng = random.Random(0)
-    rewards = [calculate_reward(demo.answer_text(demo.miscounted(product, rng)), product.label)
-               for product in (demo.draw_product(rng) for _ in range(3000))]
-    assert fmean(rewards) == pytest.approx(0.68, abs=0.015)
+    parts = [score_answer(demo.answer_text(demo.miscounted(product, rng)), product.label)
+             for product in (demo.draw_product(rng) for _ in range(3000))]
+    assert fmean(part.reward for part in parts) == pytest.approx(0.7747, abs=0.01)  # over all sizes
+    assert fmean(max(part.errors) <= 0.1 for part in parts) == pytest.approx(0.027, abs=0.01)  # 0.3 ** 3
 
 
 def test_seconds_of_a_command_are_printed_and_its_status_kept(monkeypatch, capfd):
