@@ -108,13 +108,12 @@ def test_a_sheet_without_photos_is_refused(options):
 
 
 def test_a_photo_that_breaks_before_it_is_blanked_costs_its_twin_only(options, said, monkeypatch):
-    run = training.prepare(options, training.Processes())
-    groups = groups_of(run, options)
-
     def broken(sample):
         raise PhotoError("planted")
 
-    monkeypatch.setattr(run.blanking, "open_photos", broken)
+    monkeypatch.setattr(training, "blank_photos", broken)
+    run = training.prepare(options, training.Processes())
+    groups = groups_of(run, options)
     items = training.fill_buffer(groups, run, options).items
     assert [item.blind for item in items] == [None, None]
     assert "photos not blanked: data.xlsx row" in "".join(said) and "planted" in "".join(said)
