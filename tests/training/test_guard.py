@@ -71,27 +71,30 @@ def prompt_detached(good, layout, module, query, key, value, scaling):
 
 def owners_forgotten(good, packed):
     good(packed)
-    packed._mask = torch.zeros_like(packed._mask)
+    for mask in packed._masks.values():
+        mask.zero_()
 
 
 def first_half_unseen(good, packed):
     good(packed)
-    packed._mask[..., :packed._prompt_seen.shape[1] // 2] = -torch.inf
+    for mask in packed._masks.values():
+        mask[..., :packed._prompt_seen.shape[1] // 2] = -torch.inf
 
 
 def padding_read(good, packed):
     good(packed)
-    packed._mask[..., :packed._prompt_seen.shape[1]] = 0
+    for mask in packed._masks.values():
+        mask[..., :packed._prompt_seen.shape[1]] = 0
 
 
 def late_by_one(good, writer, embedded):
     writer._positions = writer._positions + 1
-    good(writer, embedded)
+    return good(writer, embedded)
 
 
 def states_forgotten(good, packed, module, mixed, beta, decay):
-    tail, state = packed._states[module.layer_idx]
-    packed._states[module.layer_idx] = tail, torch.zeros_like(state)
+    for state in packed._recurrences._states:
+        state.zero_()
     return good(packed, module, mixed, beta, decay)
 
 
