@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from loguru import logger
 from torch import Tensor
 
 from models.decoding import PackedWriter, PlainWriter
@@ -74,7 +75,12 @@ class Drawing:
 
 
 class Repeated:
-    """Work that does the same to the same memory each time: on a GPU recorded once, as a CUDA graph, and replayed."""
+    """Work that does the same to the same memory each time: on a GPU recorded once, as a CUDA graph, and replayed.
+
+    Where it can't be recorded, because an operation waits for the device or a library forbids it, it is done each time.
+    """
+
+    _can_be = True  # until an attempt fails, once for all: what forbids it is the machine or the model
 
     def __init__(self, work: Callable[[], None], recorded: bool):
         self._work, self._recorded = work, recorded
@@ -86,7 +92,7 @@ class Repeated:
         self._warm = False
 
     def __call__(self) -> None:
-        if not self._recorded:
+        if not (self._recorded and Repeated._can_be):
             self._work()
         elif not self._warm:  # libraries set themselves up at the first call, which can't be recorded
             aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
@@ -96,12 +102,24 @@ class Repeated:
             here.wait_stream(aside)
             self._warm = True
         else:
-            if self._graph is None:  # other threads prepare photos meanwhile, and may ask for memory
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    self._work()
-                self._graph = graph
-            self._graph.replay()
+            self._graph = self._graph or self._record()
+            if self._graph is None:
+                Repeated._can_be = False
+                self._work()
+            else:
+                self._graph.replay()
+
+    def _record(self) -> torch.cuda.CUDAGraph | None:
+        graph = torch.cuda.CUDAGraph()
+        try:  # other threads prepare photos meanwhile, and may ask for memory
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._work()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as problem:
+            logger.warning(f"writing a token can't be recorded as a CUDA graph, which is slower: {problem}")
+            return None
+        return graph
 
 
 def write(writer: PackedWriter | PlainWriter, drawing: Drawing, embed: Callable[[Tensor], Tensor], products: int,
