@@ -109,7 +109,7 @@ class Policy:
         self.adapter: Any = None  # peft's wrapper around the model, when low-rank adapters are in it
         self.adapter_name: str | None = lora.TRAINED  # the one that works here; None: the base alone
         self.sampled_together = PassSize()
-        self._copies_said = False
+        self._copies_said, self._copies_fit = False, True  # copies of weights, while answers are written
 
     @property
     def rounds(self) -> bool:
@@ -206,8 +206,20 @@ class Policy:
         on the products beside it and on the device by rounding alone. In float32 that hardly ever decides a token; in
         bfloat16 it does in one of a few hundred. temperature None answers greedily.
         """
-        with torch.no_grad(), self.computing():
-            return self.root(self._sample, prompts, features, uniforms.to(self.device), temperature)
+        def work() -> Generation:
+            with torch.no_grad(), self.computing():
+                return self.root(self._sample, prompts, features, uniforms.to(self.device), temperature)
+
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if len(prompts) > 1 or not self._copies_fit:
+                raise
+        # Outside of the except block: the error holds on to what the pass had computed.
+        self._copies_fit = False
+        logger.warning("out of memory while answers to one product were written: without copies of the language "
+                       "model's weights from now on, which is slower")
+        return work()
 
     def _sample(self, prompts: Sequence[Prompt], features: Sequence[Tensor | None], uniforms: Tensor,
                 temperature: float | None) -> Generation:
@@ -218,7 +230,7 @@ class Policy:
         if self.exact_path:
             writer = self._begin_plain(prefix, features, group_size)
             return write(writer, drawing, self._embed_ids, len(prompts), length, steady=False)
-        with lean(self._language_model, dtype, prefix.inputs.dtype) as decoder:
+        with lean(self._language_model, dtype, prefix.inputs.dtype) if self._copies_fit else nullcontext() as decoder:
             self._say_copies(decoder)
             layout = shared_prefix.lay_out_prompts([len(prompt.input_ids) for prompt in prompts], self.device,
                                                    room_for(prefix.inputs.shape[1], group_size, length, self.device))

@@ -94,6 +94,19 @@ def test_without_it_transformers_own_code_writes_the_same(policy, monkeypatch, r
     assert (one.old_log_probs - other.old_log_probs).abs().max() < 1e-10
 
 
+def test_one_product_beside_which_copies_have_no_room_is_written_without_them(policy, monkeypatch, logged):
+    prompts = three_prompts(policy)
+    with float64(policy):
+        one = sample(policy, prompts[:1], columns=20)
+        monkeypatch.setattr(lean.LeanDecoder, "__call__", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):  # for the caller to halve
+            sample(policy, prompts, columns=20)
+        other, _ = (sample(policy, prompts[:1], columns=20) for _ in range(2))
+    assert "".join(logged).count("without copies of the language model's weights from now on") == 1
+    mask = other.action_mask
+    assert torch.equal(one.action_mask, mask) and torch.equal(one.completions[mask], other.completions[mask])
+
+
 @pytest.mark.parametrize(("held", "known"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
 def test_in_bfloat16_what_is_sampled_is_what_is_scored_within_rounding(policy, held, known):
     rounded = Policy(policy.model.to(held), policy.tokenizer, policy.image_processor, torch.bfloat16)
