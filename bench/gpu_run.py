@@ -116,10 +116,11 @@ def measure(case: GpuCase, options: Any, folder: Path, processes: Processes) -> 
         run.policy, photo_tokens * SIZES[case.model].patches, photo_tokens), train_vision=False)
     seconds = statistics.median(sum(repeat.values()) for repeat in repeats)
     generated = options.products * case.group_size * options.answer_tokens
+    most = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     peak, flops = peak_flops(device, options.peak_tflops), 2 * options.products * multiply_adds(run.policy, work)
     return {"prompt_tokens": work.prompt, "repeats": repeats, "seconds": seconds,
             "tokens_a_second": generated / statistics.median(repeat["generate"] for repeat in repeats),
-            "share_of_peak": peak and flops / seconds / peak, "peak_gib": peak_memory(device) / GIB,
+            "share_of_peak": peak and flops / seconds / peak, "peak_gib": most / GIB,
             "counted_gib": counted_gib(run, settings, work.prompt, photo_tokens, processes), "dtype": settings.dtype,
             "launches_a_token": launches_a_token(steps.sample_answers, device, options.answer_tokens),
             "idle_share": idle_share(steps.step, device)}

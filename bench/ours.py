@@ -9,8 +9,9 @@ import torch
 from cases import ANSWER_TOKENS, Case, seeded_rewards
 from config import TrainOptions
 from meter import Meter
+from models.footprint import splits
 from models.processes import ALONE, Processes
-from models.sharding import gathered, shard
+from models.sharding import gathered
 from models.trainable import set_trainable
 from own_reward import Scorer
 from rollout import Group, PromptEncoder, rollout_groups
@@ -32,10 +33,8 @@ def make_run(options: TrainOptions, template: str | None = TEMPLATE, processes: 
     """Load policy and reference as a training run does."""
     policy, reference, shares_vision = load_models(options, None, processes)
     parameters, idle = set_trainable(policy, options.train_vision), None
-    if options.sharding == "fsdp" and processes.world > 1:
+    if splits(options, processes.world):
         idle = make_idle(policy, options.group_size, options.train_vision)
-        shard(policy)
-        parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     learner = make_learner(policy, parameters, options, processes, idle)
     return Run(learner, learner, reference, shares_vision, PromptEncoder(policy, template=template), Scorer(), None, [],
                [])  # no supervised steps here

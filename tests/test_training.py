@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import rollout
 import train_vlm_parallel as training
 import update
 from config import CompareOptions, TrainOptions
@@ -116,7 +117,7 @@ def test_minibatches_and_epochs_take_their_optimizer_steps(shop, tmp_path, monke
     steps = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: steps.append(1))
     training.train(train_options(shop, tmp_path, max_steps=1, eval_every=0, batch_size=5, minibatch_size=2, epochs=3))
-    assert len(steps) == 3 * 3
+    assert len(steps) == 1 + 3 * 3  # the first allocates what the optimizer keeps, and moves nothing
 
 
 def test_processes_cut_their_products_into_the_same_number_of_even_parts(shop, tmp_path, monkeypatch):
@@ -417,13 +418,13 @@ def test_a_photo_that_breaks_during_the_run_costs_its_group_only(shop, tmp_path,
 
 def test_photos_of_the_next_step_are_opened_beside_the_computing(shop, tmp_path, monkeypatch):
     opened = []
-    good = training.PromptEncoder._encode_within_limit
+    good = rollout.PromptMaker.__call__
 
-    def watched(encoder, sample):
+    def watched(make, sample):
         opened.append((sample.row, threading.current_thread() is threading.main_thread()))
-        return good(encoder, sample)
+        return good(make, sample)
 
-    monkeypatch.setattr(training.PromptEncoder, "_encode_within_limit", watched)
+    monkeypatch.setattr(rollout.PromptMaker, "__call__", watched)
     training.train(train_options(shop, tmp_path, eval_every=0, batch_size=2, max_steps=3, eval_fraction=0.0,
                                  exact_path=True, preflight=False))
     assert len(opened) == 6 and len({row for row, _ in opened}) == 6

@@ -42,7 +42,7 @@ def finished(shop, tmp_path_factory):
 def copied(finished, tmp_path):
     """The options of a copy of that run."""
     shutil.copytree(finished.output_dir, tmp_path / "run")
-    return replace(finished, output_dir=str(tmp_path / "run"), log_dir=str(tmp_path / "logs"))
+    return replace(finished, output_dir=str(tmp_path / "run"), log_dir=str(tmp_path / "logs"), dtype="float32")
 
 
 def same_weights(one, other):
