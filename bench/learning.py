@@ -69,7 +69,7 @@ ARMS = {"trl": "TRL's GRPOTrainer", "ours": "GRPO, ours", "supervised": "supervi
 FIGURES = {"mean_reward": "mean reward", "within_10": "every side within 10 %"}
 PACE_STEPS = 6  # steps that tell how many the seconds hold; the first is left out
 ANSWERS = 4  # sampled answers a held-out product
-# What all arms have alike; the demo's. lr and what follows from it were tried for each arm: see docs/learning.md.
+# What all arms have alike, the demo's but for the scheduler, which TRL has too; --settings tries others.
 ALIKE = {"train_vision": True, "device": "cpu", "num_threads": 1, "batch_size": 8, "rollout_batch_size": 8,
          "minibatch_size": 4, "micro_batch_size": 4, "max_length": 20, "temperature": 1.0, "lr": 1e-3,
          "lr_scheduler": "cosine", "min_lr_ratio": 0.1, "adam_betas": (0.9, 0.95), "kl_weight": 0.003, "eval_every": 0,

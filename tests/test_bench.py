@@ -194,7 +194,7 @@ def test_wrong_options_are_named(flags, said):
         step.main(step.StepOptions(**flags))
 
 
-@pytest.mark.parametrize("name", ["step", "count", "pieces", "demo_step", "real_weights", "gpu"])
+@pytest.mark.parametrize("name", ["step", "count", "pieces", "demo_step", "real_weights", "gpu", "learning"])
 def test_help_answers(name):
     done = subprocess.run([sys.executable, f"bench/{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "usage: " in done.stdout
