@@ -8,9 +8,11 @@ docs/scaling.md shows what comes of it.
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from config import TrainOptions
+from models.decoding import columns_of_room, tokens_of_room
 from models.head import CHUNK_NUMBERS
 
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256}  # bytes a number that trains; in 8 bits a scale for 256 each
@@ -123,13 +125,17 @@ def shape_of(language_model: nn.Module, head: nn.Module, vision: float = 0) -> S
                  gated, normed, *delta)
 
 
-def footprint(shape: Shape, options: TrainOptions, work: Work, world: int = 1, on_gpu: bool = True) -> Footprint:
-    """Count a step of one of `world` processes."""
+def footprint(shape: Shape, options: TrainOptions, work: Work, world: int = 1, on_gpu: bool = True,
+              copies: bool = True) -> Footprint:
+    """Count a step of one of `world` processes; copies False: of one that has no memory for a rollout's copies."""
     split = splits(options, world)
     held = {name: size / (world if split else 1) for name, size in held_bytes(shape, options).items()}
     host = held if options.offload else {}
     gradients = {} if options.offload else {"gradients": held.pop("gradients")}
-    phases = {"rollout": _rollout(shape, options, work, split, on_gpu),
+    passes = -(-(options.minibatch_size or options.batch_size) // work.products)
+    if split and options.reduce_once and passes > 1 and not options.lora_rank:  # whole until the last pass
+        gradients = {"gradients": held_bytes(shape, options)["gradients"]}
+    phases = {"rollout": _rollout(shape, options, work, split, on_gpu, copies),
               "update, forward": _forward(shape, options, work, split, on_gpu) | gradients,
               "update, backward": _backward(shape, options, work, split, on_gpu) | gradients}
     if options.kl_weight:
@@ -198,24 +204,50 @@ def _delta_net(shape: Shape, delta: DeltaNet, size: int, full: bool) -> float:
             + 4 * delta.heads * delta.state / _CHUNK)
 
 
-def _rollout(shape: Shape, options: TrainOptions, work: Work, split: bool, on_gpu: bool) -> dict[str, float]:
-    size, group, products = _size(options), options.group_size, work.sampled
-    columns = products * (work.prompt + group * (options.max_length - 1))
-    rows, tokens = products * group, products * work.prompt
-    # A prompt's keys come out of the rotation in float32.
-    prefilled = shape.attentions * (4 + size) * shape.keys * tokens
-    buffers = shape.attentions * 2 * size * shape.keys * columns
+def _rollout(shape: Shape, options: TrainOptions, work: Work, split: bool, on_gpu: bool, copies: bool
+             ) -> dict[str, float]:
+    """Bytes while prompts are read, while a token is written, or while buffers grow, whatever takes most."""
+    size, products, tokens = _size(options), work.sampled, work.sampled * work.prompt
+    rows, fed = products * options.group_size, options.max_length - 1
+    copied = _copied(shape, options, split) if copies else 0
+    head = 4 * shape.head if size == 2 and not on_gpu else _head_copy(shape, options, split, on_gpu)
+    a_layer = 2 * size * shape.keys * products  # a column's keys and values
+    room = tokens_of_room(torch.device("cuda" if on_gpu else "cpu"))
+    first, before, last = (work.prompt + columns_of_room(work.prompt, options.group_size, length)
+                           for length in (min(fed, room), (fed - 1) // room * room, fed))
+    a_mask = size * rows * (shape.query // shape.keys if shape.attentions else 0)  # a column's
     states = 0.0
     if shape.delta:
-        states = 4 * shape.deltas * rows * (shape.delta.heads * shape.delta.state
-                                            + 4 * (2 * shape.delta.keys + shape.delta.values))
-    writing = buffers + max(prefilled, rows * shape.vocabulary * 20.0)  # distribution, its exp, its sum in float64
-    reading = _passing(shape, options, tokens, products * _whole_chunks(work.prompt), bool(options.lora_rank))
-    if on_gpu and shape.query != shape.keys:
-        writing += 2 * size * shape.query * columns  # one layer's keys and values for each query
-    writing += _head_copy(shape, options, split, on_gpu)
-    return _gathered(shape, options, split) | {
-        "keys, prompts' work, logits": states + max(prefilled + reading, writing)}
+        inputs = 2 * shape.delta.keys + shape.delta.values
+        states = 4 * shape.deltas * (rows + products) * (shape.delta.heads * shape.delta.state + 4 * inputs)
+    reading = shape.attentions * a_layer * first + states * products / (rows + products)
+    chunked = products * _whole_chunks(work.prompt)
+    reading += _passing(shape, options, tokens, chunked, bool(options.lora_rank), leanly=bool(copied))
+    # Embeddings and hidden states of the prompts stay. A token's distribution, its exp, its sum in float64; or, where
+    # buffers have just grown, one layer's of before, the masks of before and what new ones are made of.
+    growing = (a_layer + a_mask) * before + size * rows * last if fed > room else 0
+    writing = (shape.attentions * a_layer + a_mask) * last + states + 8 * shape.width * tokens + max(
+        rows * shape.vocabulary * 20.0, growing)
+    making = _making(shape, options) if copied else 0
+    weights = {"copies for the rollout": copied} if copied else _gathered(shape, options, split)
+    return weights | {"the head's copy": head, "keys, prompts' work, logits": max(reading, writing, making)}
+
+
+def _copied(shape: Shape, options: TrainOptions, split: bool) -> float:
+    """Bytes of the copies of weights that models/lean.py makes for a rollout: of all layers, or of what lies side by
+    side there where the rest is held as it is multiplied; none of split weights, nor of those in 4 bits."""
+    if split or options.quantize == "4bit":
+        return 0
+    if options.lora_rank or _size(options) == 2:
+        return _size(options) * shape.layers * shape.layer
+    attention = (1 + shape.gated) * shape.query + 2 * shape.keys
+    delta = 2 * (shape.delta.keys + shape.delta.values + shape.delta.heads) if shape.delta else 0
+    return 4 * shape.width * (shape.attentions * attention + shape.deltas * delta + shape.layers * 2 * shape.inner)
+
+
+def _making(shape: Shape, options: TrainOptions) -> float:
+    """Bytes beside the copies while the last is made of an MLP's two first matrices: with the adapter, then cast."""
+    return 2 * shape.width * shape.inner * ((4 if options.lora_rank else 0) + (2 if _size(options) == 2 else 0))
 
 
 def _reference(shape: Shape, options: TrainOptions, work: Work, split: bool) -> dict[str, float]:
@@ -285,16 +317,24 @@ def _logits(shape: Shape, options: TrainOptions, work: Work) -> float:
     return 12 * chunk * shape.vocabulary + 8 * answered * shape.width
 
 
-def _passing(shape: Shape, options: TrainOptions, tokens: int, chunked: int, adapted: bool) -> float:
-    """Bytes that a layer holds at its fullest while nothing is kept: in its MLP, or in the delta rule."""
-    size = _size(options)
+def _passing(shape: Shape, options: TrainOptions, tokens: int, chunked: int, adapted: bool, leanly: bool = False
+             ) -> float:
+    """Bytes that a layer holds at its fullest while nothing is kept: in its MLP, or in the delta rule.
+
+    leanly: in a rollout's own decoder.
+    """
+    size, delta, projected = _size(options), shape.delta, 0
     mlp = 16 * shape.width + (4 if adapted else 3) * size * shape.inner + 8 * shape.head_size
     mlp += 2 * shape.width if adapted and size == 2 else 0
-    if not shape.delta:
+    if leanly:
+        mlp = 12 * shape.width + 4 * size * shape.inner + 8 * shape.head_size
+    if not delta:
         return tokens * mlp
+    if leanly:  # what one product gives stays whole while the rule goes, and in float32
+        projected = 4 * (delta.values + 2 * delta.heads + (2 * delta.keys + delta.values if size == 2 else 0))
     keys, values = (36, 26) if size == 2 else (48, 32)
-    rule = keys * shape.delta.heads * shape.delta.head_size + values * shape.delta.values + 724 * shape.delta.heads
-    return max(tokens * mlp, tokens * 12 * shape.width + chunked * rule)
+    rule = keys * delta.heads * delta.head_size + values * delta.values + 724 * delta.heads
+    return max(tokens * mlp, tokens * (12 * shape.width + projected) + chunked * rule)
 
 
 def _tokens(options: TrainOptions, work: Work) -> int:

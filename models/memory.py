@@ -1,4 +1,4 @@
-"""How many products one pass takes: fewer from then on, where memory runs out."""
+"""How many products one pass takes: fewer from then on, where memory runs out; and what a rollout copies."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,15 @@ from loguru import logger
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+@dataclass
+class Copies:
+    """Copies of weights for the time of a rollout."""
+
+    wanted: bool = True
+    taken: int = 0  # bytes, of those last made
+    said: bool = False
 
 
 @dataclass

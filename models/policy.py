@@ -34,7 +34,7 @@ from models.loading import (
     load_weights,
     stop_token_ids,
 )
-from models.memory import PassSize
+from models.memory import Copies, PassSize
 from models.sampling import Drawing, Generation, write
 
 _WORTH_SAYING = 2 ** 30 // 100  # bytes of copies
@@ -109,7 +109,7 @@ class Policy:
         self.adapter: Any = None  # peft's wrapper around the model, when low-rank adapters are in it
         self.adapter_name: str | None = lora.TRAINED  # the one that works here; None: the base alone
         self.sampled_together = PassSize()
-        self._copies_said, self._copies_fit = False, True  # copies of weights, while answers are written
+        self.copies = Copies()
 
     @property
     def rounds(self) -> bool:
@@ -213,10 +213,10 @@ class Policy:
         try:
             return work()
         except torch.OutOfMemoryError:
-            if len(prompts) > 1 or not self._copies_fit:
+            if len(prompts) > 1 or not self.copies.taken:
                 raise
         # Outside of the except block: the error holds on to what the pass had computed.
-        self._copies_fit = False
+        self.copies.wanted = False
         logger.warning("out of memory while answers to one product were written: without copies of the language "
                        "model's weights from now on, which is slower")
         return work()
@@ -230,8 +230,9 @@ class Policy:
         if self.exact_path:
             writer = self._begin_plain(prefix, features, group_size)
             return write(writer, drawing, self._embed_ids, len(prompts), length, steady=False)
-        with lean(self._language_model, dtype, prefix.inputs.dtype) if self._copies_fit else nullcontext() as decoder:
-            self._say_copies(decoder)
+        leanly = lean(self._language_model, dtype, prefix.inputs.dtype) if self.copies.wanted else nullcontext()
+        with leanly as decoder:
+            self._note_copies(decoder)
             layout = shared_prefix.lay_out_prompts([len(prompt.input_ids) for prompt in prompts], self.device,
                                                    room_for(prefix.inputs.shape[1], group_size, length, self.device))
             hidden = self._forward(prefix, features, layout=layout).last_hidden_state.flatten(0, 1)
@@ -239,11 +240,12 @@ class Policy:
                                   prefix.last_positions, group_size, length)
             return write(writer, drawing, self._embed_ids, len(prompts), length, steady=decoder is not None)
 
-    def _say_copies(self, decoder: LeanDecoder | None) -> None:
-        if decoder is not None and decoder.copied >= _WORTH_SAYING and not self._copies_said:
+    def _note_copies(self, decoder: LeanDecoder | None) -> None:
+        self.copies.taken = decoder.copied if decoder else 0
+        if self.copies.taken >= _WORTH_SAYING and not self.copies.said:
             logger.info(f"while answers are written, copies of the language model's weights in {self.dtype} take "
-                        f"{decoder.copied / 2 ** 30:.2f} GiB")
-            self._copies_said = True
+                        f"{self.copies.taken / 2 ** 30:.2f} GiB")
+            self.copies.said = True
 
     def _begin_plain(self, prefix: _Rows, features: Sequence[Tensor | None], group_size: int) -> PlainWriter:
         """Run the prompts through the model once, into transformers' own cache."""

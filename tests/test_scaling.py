@@ -4,9 +4,11 @@ Print the tables with PYTHONPATH=. python tests/test_scaling.py.
 """
 
 import re
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -38,6 +40,14 @@ def enlarged(tokenizer, image_processor):
         return type(model)(model.config), tokens, processor
 
     return make
+
+
+@contextmanager
+def no_room_for_copies():
+    """Lets the making of a rollout's copies of weights run out of memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("models.lean.LeanDecoder", Mock(side_effect=torch.OutOfMemoryError))
+        yield
 
 
 def measure(parts, options):
@@ -89,6 +99,11 @@ def measure(parts, options):
     counted = footprint(shape, replace(options, max_length=4), Work(PROMPT), on_gpu=False)
     uniforms = torch.rand(GROUP, 4, dtype=torch.float64)
     measured("rollout", lambda: policy.sample(item.prompts, [None], uniforms, 1.0), counted=counted)
+    with_copies = found["rollout"]
+    counted = footprint(shape, replace(options, max_length=4), Work(PROMPT), on_gpu=False, copies=False)
+    with no_room_for_copies():
+        measured("rollout", lambda: policy.sample(item.prompts, [None], uniforms, 1.0), counted=counted)
+    found["rollout without copies"], found["rollout"] = found["rollout"], with_copies
     return found
 
 
@@ -111,9 +126,10 @@ def test_the_count_is_what_is_measured(enlarged, kind, dtype, rank, checkpointed
     assert not odd
 
 
+@pytest.mark.parametrize("length", [10, 24, 64])  # the room on a CPU is for 16 tokens at a time
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_rollouts_keys_are_what_is_measured(enlarged, dtype):
-    """Short prompts and many answers: beside the keys little is left."""
+def test_a_rollouts_keys_are_what_is_measured(enlarged, dtype, length):
+    """Short prompts and many answers: beside the keys, their masks and the copies of weights little is left."""
     from live_bytes import LiveBytes
     from models.family import Prompt
     from models.loading import DTYPES
@@ -122,12 +138,31 @@ def test_a_rollouts_keys_are_what_is_measured(enlarged, dtype):
     model, tokenizer, image_processor = enlarged("qwen2_5_vl")
     policy = Policy(model, tokenizer, image_processor, DTYPES[dtype])
     policy.stop_ids = policy.stop_ids[:0]
-    options = TrainOptions(dtype=dtype, group_size=8, max_length=24, batch_size=1)
+    options = TrainOptions(dtype=dtype, group_size=8, max_length=length, batch_size=1)
+    uniforms = torch.rand(16, length, dtype=torch.float64)
     with LiveBytes() as live:
-        policy.sample([Prompt(torch.full((16,), 5))] * 2, [None, None], torch.rand(16, 24, dtype=torch.float64), 1.0)
+        policy.sample([Prompt(torch.full((16,), 5))] * 2, [None, None], uniforms, 1.0)
     shape = shape_of(policy.family.language_model(model), policy.family.head(model))
     rollout = footprint(shape, options, Work(16, sampled=2), on_gpu=False).phases["rollout"]
     assert sum(rollout.values()) == pytest.approx(live.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "hybrid"])
+@pytest.mark.parametrize(("dtype", "rank"), [("float32", None), ("float32", 4), ("bfloat16", None), ("bfloat16", 4)])
+def test_the_copies_for_a_rollout_are_what_the_decoder_says(enlarged, kind, dtype, rank):
+    from models.lean import LeanDecoder
+    from models.loading import DTYPES
+    from models.policy import Policy
+
+    (model, tokenizer, image_processor), dtype = enlarged(kind), DTYPES[dtype]
+    policy = Policy(model.to(dtype) if rank else model, tokenizer, image_processor, dtype)
+    if rank:
+        policy.add_adapter(rank, None, "base")
+    language_model = policy.family.language_model(model)
+    options = TrainOptions(dtype=str(dtype).removeprefix("torch."), lora_rank=rank)
+    shape = shape_of(language_model, policy.family.head(model))
+    counted = footprint(shape, options, Work(PROMPT), on_gpu=False).phases["rollout"]["copies for the rollout"]
+    assert counted == pytest.approx(LeanDecoder(language_model, dtype, torch.float32).copied, rel=0.01)
 
 
 def test_keys_repeated_for_each_query_are_counted_on_a_gpu(enlarged, monkeypatch):
@@ -190,11 +225,11 @@ def v46():
 MODELS = {"MiniCPM-o-2_6": o26, "MiniCPM-V-4.6": v46}
 
 
-def counted(shape, options, gpus):
+def counted(shape, options, gpus, copies=True):
     """A step of the tables' lengths, as many products a pass as the options say, one where they leave it open."""
     work = Work(LONG, PHOTO_TOKENS, min(options.micro_batch_size or 1, options.batch_size),
                 min(options.rollout_batch_size or 1, options.batch_size))
-    return footprint(shape, options, work, gpus)
+    return footprint(shape, options, work, gpus, copies=copies)
 
 
 def fits(size, card):
@@ -203,15 +238,18 @@ def fits(size, card):
 
 
 def memory_rows():
-    """model, way, GPUs, GB on each at the fullest moment, which that is, and whether that fits 24, 40, 80."""
+    """model, way, GPUs, GB on each at the fullest moment, which that is, the same without copies of weights for the
+    rollout where that is another, and whether that fits 24, 40, 80: without copies, if need be."""
     cases = [(way, 1, "fsdp" if "offload" in WAYS[way] else "none") for way in WAYS]
     cases += [("full", 4, "fsdp"), ("full", 8, "fsdp")]
     for name, model in MODELS.items():
         for way, gpus, sharding in cases:
             options = TrainOptions(dtype="bfloat16", sharding=sharding, **WAYS[way])
-            count = counted(model(), options, gpus)
+            count, without = (counted(model(), options, gpus, copies) for copies in (True, False))
             cells = [name, way, f"{gpus}", sharding, f"{count.peak / 1e9:.0f}", count.fullest,
-                     *("yes" if fits(count.peak, card) else "no" for card in (24, 40, 80))]
+                     f"{without.peak / 1e9:.0f}, {without.fullest}" if without.peak < count.peak else "",
+                     *("yes" if fits(count.peak, card) else "without copies" if fits(without.peak, card) else "no"
+                       for card in (24, 40, 80))]
             yield "| " + " | ".join(cells) + " |"
 
 
@@ -226,7 +264,7 @@ def test_a_ready_file_fits_the_gpus_that_it_names(path, tmp_path):
     gpus, card = re.search(r"_(?:(\d+)x)?(\d+)gb", path.stem).groups()
     assert len(options.gpu_ids) == (int(gpus) if gpus else 0) and options.dtype == "bfloat16"
     name = next(name for name in MODELS if path.stem.startswith(name.lower()))
-    assert fits(counted(MODELS[name](), options, int(gpus or 1)).peak, int(card))
+    assert fits(counted(MODELS[name](), options, int(gpus or 1)).peak, int(card))  # with copies for the rollout
     assert f"`configs/{path.name}`" in (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
 
 
@@ -318,16 +356,42 @@ def test_numbers_worked_by_hand():
     adapted = replace(options, lora_rank=32)
     assert kept_in_a_layer(shape, adapted, 1, 0, on_gpu=False) == {"attention": 241_208}
     assert kept_in_a_layer(shape, adapted, 1, 0) == {"attention": 241_208 + 4 * 3584}  # keys and values repeated
-    # Reading four prompts: of each token 28 layers' keys, 512 of 4 and of 2 bytes, and the inside of one MLP
-    # with adapters.
-    four = footprint(shape, adapted, Work(LONG, sampled=4)).phases["rollout"]["keys, prompts' work, logits"]
-    assert four == 4 * 1500 * (28 * 512 * 6 + 18 * 3584 + 8 * 18944 + 8 * 128)
-    # Writing a hundred answers of up to 201 tokens: keys and values of 1500 + 100 x 200 columns in 28 layers, more
-    # columns than their prompts had; logits of 100 rows; one layer's keys and values repeated for 28 heads;
-    # the head in two bytes.
+    # Reading four prompts: buffers of 1500 + 12 x 63 columns for each, 512 keys and 512 values of 2 bytes in 28 layers,
+    # and of each token the inside of one MLP; copies of 28 layers.
+    four = footprint(shape, adapted, Work(LONG, sampled=4)).phases["rollout"]
+    assert four["copies for the rollout"] == 2 * 28 * 233_046_016 and "autocast's copies" not in four
+    assert four["keys, prompts' work, logits"] == 4 * (2256 * 28 * 1024 * 2
+                                                       + 1500 * (12 * 3584 + 8 * 18944 + 8 * 128))
+    # Without copies: autocast's of the adapters, and more inside of an MLP with adapters
+    plain = footprint(shape, adapted, Work(LONG, sampled=4), copies=False).phases["rollout"]
+    assert plain["autocast's copies"] == 2 * 32 * 28 * 90_112 and "copies for the rollout" not in plain
+    assert plain["keys, prompts' work, logits"] == 4 * (2256 * 28 * 1024 * 2
+                                                        + 1500 * (18 * 3584 + 8 * 18944 + 8 * 128))
+    # Reading one prompt takes less than to make the last copies: 2 x 3584 x 18944 numbers in four bytes and in two
+    one = footprint(shape, adapted, Work(LONG)).phases["rollout"]["keys, prompts' work, logits"]
+    assert one == 6 * 2 * 3584 * 18944
+    # In float32 what lies side by side is copied: 3584 x (3584 + 2 x 512 + 2 x 18944) in 28 layers; split or in 4 bits
+    # nothing is.
+    kinds = [footprint(shape, TrainOptions(**more), Work(LONG), world).phases["rollout"].get("copies for the rollout")
+             for more, world in (({"dtype": "float32"}, 1), ({"dtype": "bfloat16", "sharding": "fsdp"}, 4),
+                                 ({"dtype": "bfloat16", "lora_rank": 8, "quantize": "4bit"}, 1))]
+    assert kinds == [4 * 28 * 3584 * (3584 + 2 * 512 + 2 * 18944), None, None]
+    # Writing a hundred answers of up to 201 tokens: keys and values of 1500 + 100 x 200 columns, filled up to eights,
+    # in 28 layers; the masks of 100 x 7 queries; 1500 hidden states and embeddings; logits of 100 rows.
     many = footprint(shape, replace(options, group_size=100, max_length=201), Work(LONG)).phases["rollout"]
-    assert many["keys, prompts' work, logits"] == (21_500 * 28 * 2 * 512 * 2 + 100 * 151_700 * 20
-                                                   + 21_500 * 2 * 3584 * 2 + 2 * 151_700 * 3584)
+    assert many["keys, prompts' work, logits"] == (21_504 * (28 * 1024 * 2 + 700 * 2) + 1500 * 8 * 3584
+                                                   + 100 * 151_700 * 20)
+    assert many["the head's copy"] == 2 * 151_700 * 3584
+    # With a small vocabulary the last growth takes more, from 1500 + 100 x 192 columns: a layer's of before, the masks
+    # of before, and 100 rows that new ones are made of.
+    small = footprint(replace(shape, vocabulary=100), replace(options, group_size=100, max_length=201), Work(LONG))
+    assert small.phases["rollout"]["keys, prompts' work, logits"] == (
+        21_504 * (28 * 1024 * 2 + 700 * 2) + 1500 * 8 * 3584 + 20_704 * (2048 + 1400) + 21_504 * 200)
+    # Reduced once, gradients are whole; in one pass they are reduced anyway
+    split = TrainOptions(dtype="bfloat16", sharding="fsdp", batch_size=4, reduce_once=True)
+    kept = [footprint(shape, split, Work(LONG, products=products), 8).phases["update, backward"]["gradients"]
+            for products in (2, 4)]
+    assert kept == [4 * shape.language, 4 * shape.language / 8]
     # one pass: 4 x 8.063 + 8 x 7.613 = 93.2
     assert sent_bytes(shape, "full", 16) == pytest.approx(93.15e9, rel=1e-3)
     # 16 x 7.613e9 x (3000 + 720 + 3720 + 14880) + 16 x 2 x 0.45e9 x 5120 = 2.7925e15; / 1.25e14 = 22.34

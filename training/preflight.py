@@ -17,7 +17,7 @@ from loguru import logger
 
 from config import TrainOptions
 from models.family import ModelError, Prompt
-from models.memory import PassSize
+from models.memory import Copies, PassSize
 from models.policy import Generation, Policy
 from models.processes import Processes
 from models.sharding import gathered
@@ -120,7 +120,7 @@ def try_step(card: Card, learner: Learner, reference: Policy | None, shares_visi
 
     if options.sft_steps < options.max_steps:
         yield "sampling " + try_passes(card, processes, policy.sampled_together, options.rollout_batch_size,
-                                       options.batch_size, sample)
+                                       options.batch_size, sample, None if policy.exact_path else policy.copies)
     learner.passes.products = learner.passes.products if options.micro_batch_size else 1
     try_update(learner, prompt, 1, options)  # leaves the gradients that lie there while later passes are taken
     yield "updating " + try_passes(card, processes, learner.passes, options.micro_batch_size, most,
@@ -130,23 +130,30 @@ def try_step(card: Card, learner: Learner, reference: Policy | None, shares_visi
         yield "the reference " + try_passes(card, processes, learner.passes, learner.passes.products or 1, most, score)
 
 
-def try_passes(card: Card, processes: Processes, size: PassSize, wanted: int, most: int, work: Callable[[int], None]
-               ) -> str:
+def try_passes(card: Card, processes: Processes, size: PassSize, wanted: int, most: int, work: Callable[[int], None],
+               copies: Copies | None = None) -> str:
     """Try a pass of so many products as are wanted, 0: as fit, at most `most`; returns in words what it took.
 
-    Halves the size until enough stays free, as work() does where memory runs out. Raises ModelError, in all processes,
-    when there is no room for one.
+    Halves the size until enough stays free, as work() does where memory runs out, and in the end goes without copies of
+    weights, where it makes some. Raises ModelError, in all processes, when there is no room for one.
     """
-    held = card.held()
-    count = min(wanted or 1, size.products or most, most)
+    held, begin = card.held(), size.products
+    count = first = min(wanted or 1, size.products or most, most)
     while True:
         peak = card.peak_of(lambda count=count: work(count))
         count = least(processes, min(count, size.products or count))
-        fits = least(processes, products_that_fit(card.total, held, peak, 0, most))
-        if fits or count == 1:
+        once = copies.taken if copies else 0  # however many products
+        dropped = copies is not None and not all(processes.gather(copies.wanted))  # by work(), in some process
+        fits = 0 if dropped else least(processes, products_that_fit(card.total, held + once, peak, 0, most))
+        if fits or (count == 1 and copies is None):
             break
-        size.products = count = count // 2
-        logger.warning(f"{peak / GIB:.1f} of {card.total / GIB:.1f} GiB taken: going on with {count} products a pass")
+        taken = f"{peak / GIB:.1f} of {card.total / GIB:.1f} GiB taken: going on"
+        if count > 1 and not dropped:
+            size.products = count = count // 2
+            logger.warning(f"{taken} with {count} products a pass")
+        else:
+            copies.wanted, copies, size.products, count = False, None, begin, first
+            logger.warning(f"{taken} without copies of weights while answers are written, which is slower")
     refuse_too_large(fits, card.total, processes.most(peak))
     if wanted:
         return f"{count} products: {peak / GIB:.2f} GiB"
@@ -169,6 +176,9 @@ def try_rollout(policy: Policy, prompt: Prompt | None, count: int, options: Trai
 
     prompts = [] if prompt is None else [prompt] * count
     for some, done in policy.sampled_together.passes(prompts, sample, "sampling", count):
+        if done is None and policy.copies.wanted and not policy.exact_path:
+            policy.copies.wanted = False  # try_passes lets all processes do without
+            return try_rollout(policy, prompt, count, options)
         if done is None:
             raise ModelError(f"out of memory while sampling answers to one product of {len(some[0].input_ids)} prompt "
                              f"tokens. {ADVICE}")

@@ -78,7 +78,7 @@ def no_memory(*_):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize("reason", ["kind", "memory"])
+@pytest.mark.parametrize("reason", ["kind", "memory", "not wanted"])
 def test_without_it_transformers_own_code_writes_the_same(policy, monkeypatch, reason, logged):
     prompts = three_prompts(adapted(policy))
     with float64(policy):
@@ -87,7 +87,10 @@ def test_without_it_transformers_own_code_writes_the_same(policy, monkeypatch, r
             strange(policy)
         else:
             monkeypatch.setattr(lean, "LeanDecoder", no_memory)
+        assert policy.copies.taken > 0
+        policy.copies.wanted = reason != "not wanted"
         other = sample(policy, prompts, columns=20)
+    assert not policy.copies.taken
     assert ("no memory for copies" in "".join(logged)) == (reason == "memory")
     mask = other.action_mask
     assert torch.equal(one.action_mask, mask) and torch.equal(one.completions[mask], other.completions[mask])

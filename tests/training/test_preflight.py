@@ -9,7 +9,9 @@ import train_vlm_parallel as training
 import update
 from config import TrainOptions
 from models.family import ModelError
+from models.memory import Copies, PassSize
 from models.policy import Policy
+from models.processes import Processes
 from rollout import products_together
 from runs import one_step, train_options
 from training import preflight
@@ -165,6 +167,40 @@ def test_adams_moments_are_foretold(shop, tmp_path):
                if name.startswith("exp_avg")]
     assert sum(value.numel() * value.element_size() for value in moments) == foretold
     assert moments_to_come(run.learner) == 0
+
+
+@pytest.mark.parametrize(("copied", "wanted", "products", "kept"), [
+    (30, 0, 4, True),    # 90 of 100, 20 held, 30 of copies: 40 for passes of 10
+    (30, 3, 3, True),
+    (55, 4, 1, True),    # halved twice
+    (65, 0, 7, False),   # 95 with one product; 70 without copies
+    (65, 4, 4, False),
+    (85, 0, 7, False),   # no memory for one product beside them
+    (85, 4, 4, False),
+])
+def test_copies_of_weights_are_counted_once_and_done_without_where_they_leave_too_little(
+        monkeypatch, said, copied, wanted, products, kept):
+    card = PlantedCard({"sample": 10}, 0)
+
+    class Planted:
+        copies, sampled_together, exact_path, stop_ids = Copies(), PassSize(), False, torch.tensor([1])
+
+        def photo_features(self, prompts):
+            return [None] * len(prompts)
+
+        def sample(self, prompts, features, uniforms, temperature):
+            self.copies.taken = 0
+            card.take(10 * len(prompts) + (copied if self.copies.wanted else 0))
+            self.copies.taken = copied * GIB if self.copies.wanted else 0
+            return object()
+
+    policy, options = Planted(), TrainOptions(batch_size=16)
+    prompt = SimpleNamespace(input_ids=[5])
+    found = preflight.try_passes(card, Processes(), policy.sampled_together, wanted, 16,
+                                 lambda count: preflight.try_rollout(policy, prompt, count, options), policy.copies)
+    assert found.startswith(f"{products} products") and policy.copies.wanted == kept
+    assert (policy.sampled_together.products or wanted) == products
+    assert kept != any("without copies of weights" in line for line in said)
 
 
 @pytest.mark.parametrize(("peak", "moments", "fits"), [
