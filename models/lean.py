@@ -6,7 +6,7 @@ rotation and residuals take as few operations as torch has for them. A model wit
 to transformers' code.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -56,7 +56,7 @@ def lean(language_model: nn.Module, dtype: torch.dtype, wide: torch.dtype) -> It
     try:
         with torch.autocast(language_model.device.type, enabled=False):
             for layer, own in zip(language_model.layers, decoder.layers, strict=True):
-                layer.forward = partial(_forward, own)
+                layer.forward = partial(_forward, own.predicting if own is decoder.layers[-1] else own)
             yield decoder
     finally:
         for layer in language_model.layers:
@@ -75,7 +75,7 @@ def _make(language_model: nn.Module, dtype: torch.dtype, wide: torch.dtype) -> L
         return None
 
 
-def _forward(own: "_Layer", hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], layout: Any,
+def _forward(own: Callable[..., Tensor], hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], layout: Any,
              **kwargs: Any) -> Tensor:
     """Stand in for the forward of transformers' layer."""
     cos, sin = position_embeddings
@@ -108,7 +108,18 @@ class _Layer:
 
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, layout: Any) -> Tensor:
         """Hidden (B, L, d), cos and sin (B, L, 1, rotated width)."""
-        hidden = self._out.added(hidden, self._mix(self._norm(hidden), cos, sin, layout))
+        return self._behind(hidden, self._mix(self._norm(hidden), cos, sin, layout))
+
+    def predicting(self, hidden: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+        """Run prompts through a last layer: of each, the column that predicts; the other columns stay as they are."""
+        columns = hidden.flatten(0, 1)  # (B * L, d)
+        mixed = self._mix.predicting(self._norm(hidden), cos, sin, layout)  # (B, 1, ..)
+        predicting = self._behind(columns.index_select(0, layout.predictors)[:, None], mixed)  # (B, 1, d)
+        return columns.index_copy(0, layout.predictors, predicting[:, 0]).view(hidden.shape)
+
+    def _behind(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """What comes behind the token mixer."""
+        hidden = self._out.added(hidden, mixed)
         gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, -1)
         return self._down.added(hidden, self._activation(gate) * up)
 
@@ -180,13 +191,33 @@ class _Attention(_Product):
     def __call__(self, inputs: Tensor, cos: Tensor, sin: Tensor, layout: Any) -> Tensor:
         heads = super().__call__(inputs).unflatten(-1, (-1, self._head))  # (B, L, heads, d)
         both, values = self._queries + self._keys, self._queries + 2 * self._keys
-        turned = heads[:, :, :both]
-        if self._scale is not None:
-            turned = rms_norm(heads, (self._head,), None, self._eps)[:, :, :both] * self._scale
-        turned = _rotated(turned, cos, sin).to(heads.dtype).transpose(1, 2)  # (B, heads, L, d)
+        turned = self._turned(heads, slice(0, both), cos, sin)
         out = layout.attend(self._module, turned[:, :self._queries], turned[:, self._queries:],
                             heads[:, :, both:values].transpose(1, 2), self._module.scaling).transpose(1, 2).flatten(2)
         return out * heads[:, :, values:].flatten(2).sigmoid() if self._gated else out
+
+    def predicting(self, inputs: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+        """Attend from each prompt's last column alone: (B, 1, heads * d)."""
+        both, values = self._queries + self._keys, self._queries + 2 * self._keys
+        asking, cos_there, sin_there = (each.flatten(0, 1).index_select(0, layout.predictors)[:, None]
+                                        for each in (inputs, cos, sin))
+        heads = super().__call__(asking).unflatten(-1, (-1, self._head))  # (B, 1, heads, d)
+        query = self._turned(heads, slice(0, self._queries), cos_there, sin_there)
+        rows = slice(self._queries * self._head, values * self._head)
+        kept = linear(inputs.to(self._dtype), self.weight[rows], None if self._bias is None else self._bias[rows])
+        kept = kept.unflatten(-1, (-1, self._head))  # (B, L, keys and values, d)
+        key = self._turned(kept, slice(self._queries, both), cos, sin)
+        out = layout.attend_last(self._module, query, key, kept[:, :, self._keys:].transpose(1, 2),
+                                 self._module.scaling).transpose(1, 2).flatten(2)
+        return out * heads[:, :, values:].flatten(2).sigmoid() if self._gated else out
+
+    def _turned(self, heads: Tensor, which: slice, cos: Tensor, sin: Tensor) -> Tensor:
+        """Scale and rotate the first heads (B, L, .., d), which are those of queries and keys: (B, heads, L, d)."""
+        count = which.stop - which.start
+        turned = heads[:, :, :count]
+        if self._scale is not None:
+            turned = rms_norm(heads, (self._head,), None, self._eps)[:, :, :count] * self._scale[which]
+        return _rotated(turned, cos, sin).to(heads.dtype).transpose(1, 2)
 
 
 def _halves(part: Tensor | None, head: int) -> tuple[Tensor | None, Tensor | None]:
@@ -226,3 +257,7 @@ class _DeltaNet(_Product):
         out = self._norm(layout.recur(self._module, mixed, beta.sigmoid(), decay).float())  # (B, L, heads, d)
         result = torch.empty_like(gate, dtype=self._dtype, memory_format=torch.contiguous_format)
         return torch.mul(out.flatten(2), silu(gate), out=result)
+
+    def predicting(self, inputs: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+        """Take each prompt's last column of what comes out, (B, 1, ..): the state wants them all."""
+        return self(inputs, cos, sin, layout).flatten(0, 1).index_select(0, layout.predictors)[:, None]

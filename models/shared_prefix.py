@@ -63,13 +63,23 @@ class Layout:
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """Full attention over rows (B, heads, P + S, d)."""
         columns = self.columns
-        if self.kept is not None:
-            self.kept.keys_values[module.layer_idx] = tuple(with_room(each, self.kept.room) for each in (key, value))
-            self.kept.repeats.add(query.shape[1] // key.shape[1])
+        self._keep(module, query, key, value)
         prompt = sdpa(query[:, :, :columns], key[:, :, :columns], value[:, :, :columns], None, scaling)
         if self.answers is None:
             return prompt
         return torch.cat([prompt, sdpa(query[:, :, columns:], key, value, self.answers.mask, scaling)], 2)
+
+    def attend_last(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+                    ) -> Tensor:
+        """Full attention of each prompt's last column, query (B, heads, 1, d), over prompts alone."""
+        self._keep(module, query, key, value)
+        seen = torch.arange(self.columns, device=key.device) < self.lengths[:, None]  # (B, P)
+        return sdpa(query, key, value, additive(seen, query.dtype)[:, None, None], scaling)
+
+    def _keep(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
+        if self.kept is not None:
+            self.kept.keys_values[module.layer_idx] = tuple(with_room(each, self.kept.room) for each in (key, value))
+            self.kept.repeats.add(query.shape[1] // key.shape[1])
 
     def recur(self, module: nn.Module, mixed: Tensor, beta: Tensor, decay: Tensor) -> Tensor:
         """Gated delta rule over projected rows: mixed (B, P + S, C), beta and decay (B, P + S, heads)."""

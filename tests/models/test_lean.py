@@ -123,3 +123,17 @@ def test_in_bfloat16_what_is_sampled_is_what_is_scored_within_rounding(policy, h
     gaps = [(each - generation.old_log_probs)[generation.action_mask].abs().mean() for each in scored]
     noise = (scored[0] - scored[1])[generation.action_mask].abs().mean()
     assert max(gaps) < max(4 * noise, 0.05)
+
+
+def test_of_a_prompt_the_last_layer_computes_the_column_that_predicts_alone(policy, monkeypatch):
+    widths, behind = [], lean._Layer._behind
+    monkeypatch.setattr(lean._Layer, "_behind",
+                        lambda layer, hidden, mixed: widths.append(mixed.shape[1]) or behind(layer, hidden, mixed))
+    prompts = three_prompts(policy)
+    layers, longest = len(layers_of(policy)), max(len(prompt.input_ids) for prompt in prompts)
+    with float64(policy):
+        lean_generation = sample(policy, prompts, columns=2)
+        assert widths[:layers] == [longest] * (layers - 1) + [1]
+        monkeypatch.setattr(lean, "_make", lambda *_: None)
+        stock_generation = sample(policy, prompts, columns=2)
+    assert (lean_generation.old_log_probs - stock_generation.old_log_probs).abs().max() < 1e-10
