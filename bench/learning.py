@@ -3,7 +3,7 @@
     pip install -r bench/requirements.txt
     python bench/learning.py                            # four arms, three seeds, an hour and a half of one core
     python bench/learning.py --arms ours,supervised --seeds 4 --seconds 60
-    python bench/learning.py --arms ours --settings '{"lr": 2e-3}' --seeds 0 --output_dir trials/lr_2e-3
+    python bench/learning.py --arms ours --settings '{"lr": 2e-3}' --seeds 0 --output_dir outputs/lr_2e-3
 
 All arms train the same tiny Qwen2.5-VL from the same weights on the same products (learning_task.py), each run in a
 process of its own on one thread. Its clock counts the CPU seconds of training only: loading, the start-up checks and
@@ -39,7 +39,7 @@ class LearningOptions:
     warm_up_steps: int = option(550, "steps of the warm-up that all start from", within="(0, inf)")
     products: int = option(800, "products to train on", within="(0, inf)")
     held_out: int = option(96, "products held out", within="(0, inf)")
-    output_dir: str = option("learning", "a file for each run, and of all of them table.md, learning.json and .svg")
+    output_dir: str = option("outputs/learning", "a file for each run; of all of them table.md, learning.json and .svg")
     run: str = option("", "one run, such as trl/4, in this process: what the script calls itself with")
 
 
