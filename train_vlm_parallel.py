@@ -39,6 +39,7 @@ from ground.options import check_reference, write_options
 from loss import VLM_GRPOLoss, decoupled_advantages, group_advantages
 from models.footprint import splits
 from models.loading import settle_dtype
+from models.optimizer import allocate_state, learning_rate, set_learning_rate
 from models.policy import Policy
 from models.preparing import worker_count
 from models.processes import (
@@ -74,13 +75,10 @@ from training.provenance import write_start, write_summary
 from training.setup import fetch_photos, load_models, load_products, set_up_log
 from update import (
     Learner,
-    allocate_state,
     answers_a_product,
-    learning_rate,
     log_probs_under,
     make_idle,
     make_learner,
-    set_learning_rate,
     update,
 )
 
@@ -358,7 +356,7 @@ def prepare(options: TrainOptions, processes: Processes) -> Run:
     if options.preflight and run.start < options.max_steps:
         preflight(learner, reference, shares_vision, encoder, products, options)
     if not learner.optimizer.state:
-        allocate_state(learner)
+        allocate_state(learner.optimizer, learner.parameters, learner.processes)
     if options.eval_every and held_out and not resume_from:
         log_evaluation(run, options, 0)
     return run

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from config import TrainOptions
+from models.optimizer import learning_rate, set_learning_rate
 from train_vlm_parallel import Run, fill_buffer, products_at, roll_out, supervise, sync_reference
-from update import learning_rate, set_learning_rate, update
+from update import update
 
 
 def run_steps(run: Run, options: TrainOptions, after: Callable[[int], bool]) -> None:

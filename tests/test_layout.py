@@ -20,7 +20,7 @@ WINGS = {
                "findings", "check_page", "fetch"],
     "models": ["family", "weights", "remote_code", "minicpm_remote", "minicpm_v46", "qwen_vl", "smolvlm",
                "preparing", "shared_prefix", "decoding", "head", "sampling", "lora", "lean", "loading", "memory",
-               "policy", "trainable", "footprint", "processes", "sharding"],
+               "policy", "trainable", "footprint", "processes", "optimizer", "sharding"],
     "the algorithm": ["prompts", "reward", "own_reward", "replay_buffer", "loss", "rollout", "update"],
     "evidence": ["measures", "journal", "evaluation", "comparison", "report", "charts", "page"],
     "training": ["provenance", "checkpoint", "trained", "setup", "guard", "preflight", "curves", "lessons"],

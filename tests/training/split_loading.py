@@ -17,6 +17,7 @@ import demo
 import train_vlm_parallel as training
 from config import TrainOptions
 from models.loading import load_minicpm
+from models.optimizer import make_optimizer
 from models.policy import load_policy
 from models.processes import Processes
 from models.sharding import load_optimizer_state, splitter, whole_weights
@@ -24,7 +25,6 @@ from models.trainable import set_trainable
 from standin_minicpm import write_standin
 from tiny import parts_of, tiny_model
 from training.setup import hold_in
-from update import make_optimizer
 
 KINDS = ("hybrid", "qwen2_5_vl", "remote")
 LAYERS = 16

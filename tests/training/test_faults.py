@@ -20,6 +20,7 @@ from ground.errors import OptionError
 from ground.files import whole_folder
 from models.family import ModelError
 from models.memory import PassSize
+from models.optimizer import allocate_state
 from models.policy import Policy
 from replay_buffer import ReplayBuffer
 from rounding import float64
@@ -396,13 +397,13 @@ def test_what_the_optimizer_keeps_is_there_before_the_first_step(shop, tmp_path,
     """It moves nothing, and the steps are those of an optimizer that allocates as it goes."""
     wanted = training.train(train_options(shop, tmp_path / "a", eval_every=0, weight_decay=0.1))
     started = []
-    monkeypatch.setattr(training, "allocate_state", lambda learner: started.append(learner))
+    monkeypatch.setattr(training, "allocate_state", lambda *parts: started.append(parts))
     found = training.train(train_options(shop, tmp_path / "b", eval_every=0, weight_decay=0.1))
     assert same_weights(found, wanted) and len(started) == 1
     run = training.prepare(train_options(shop, tmp_path / "c", eval_every=0), training.Processes())
     assert not run.learner.optimizer.state
     before = [parameter.detach().clone() for parameter in run.learner.parameters]
-    update.allocate_state(run.learner)
+    allocate_state(run.learner.optimizer, run.learner.parameters, run.learner.processes)
     assert all(torch.equal(one, other) for one, other in zip(run.learner.parameters, before, strict=True))
     held = run.learner.optimizer.state
     assert all(len(held[parameter]) == 3 and not any(
