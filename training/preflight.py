@@ -176,9 +176,6 @@ def try_rollout(policy: Policy, prompt: Prompt | None, count: int, options: Trai
 
     prompts = [] if prompt is None else [prompt] * count
     for some, done in policy.sampled_together.passes(prompts, sample, "sampling", count):
-        if done is None and policy.copies.wanted and not policy.exact_path:
-            policy.copies.wanted = False  # try_passes lets all processes do without
-            return try_rollout(policy, prompt, count, options)
         if done is None:
             raise ModelError(f"out of memory while sampling answers to one product of {len(some[0].input_ids)} prompt "
                              f"tokens. {ADVICE}")
