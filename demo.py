@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -263,14 +263,20 @@ def fill_real_folder(folder: Path, options: DemoOptions) -> str:
     return f"real language weights, {options.products} product texts, {options.held_out} held out"
 
 
-def fill_folder(folder: Path, options: DemoOptions) -> str:
+def make_parts(seed: int) -> tuple[Any, nn.Module, Any]:
+    """Make tokenizer, model and image processor."""
+    tokenizer = make_tokenizer(seed)
+    return tokenizer, *make_model(tokenizer, seed)
+
+
+def fill_folder(folder: Path, options: DemoOptions,
+                make: Callable[[int], tuple[Any, nn.Module, Any]] = make_parts) -> str:
     """Write sheets, photos, prompt and model; says what reward the model's sampled answers earn."""
     rng = random.Random(f"catalogue/{options.seed}")
     for name, count in (("catalogue", options.products), ("held_out", options.held_out)):
         write_catalogue(folder, name, (draw_product(rng) for _ in range(count)), rng)
     (folder / "prompt.txt").write_text(TEMPLATE, encoding="utf-8")
-    tokenizer = make_tokenizer(options.seed)
-    model, processor = make_model(tokenizer, options.seed)
+    tokenizer, model, processor = make(options.seed)
     policy = Policy(model, tokenizer, processor, exact_path=True)  # the warm-up has one answer a prompt: none to share
     reached = warm_up(policy, options)
     for part in (model, tokenizer, processor):

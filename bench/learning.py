@@ -51,12 +51,13 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 import torch
 from torch import nn
 
+import demo
 from config import DemoOptions, TrainOptions
 from evidence.evaluation import evaluate, summarise
 from ground.errors import OptionError
 from ground.files import whole_file, whole_folder, write_json, write_text
 from learning_ours import run_steps
-from learning_task import Clock, make_task
+from learning_task import Clock, make_parts
 from meter import keep_memory
 from models.processes import Processes
 from prompts import read_template
@@ -211,8 +212,8 @@ def task_of(seed: int, options: LearningOptions) -> Path:
     folder = Path(options.output_dir) / "work" / f"task_{seed}"
     if not folder.is_dir():
         with whole_folder(folder) as made:
-            make_task(made, DemoOptions(products=options.products, held_out=options.held_out, seed=seed,
-                                        warm_up_steps=options.warm_up_steps))
+            demo.fill_folder(made, DemoOptions(products=options.products, held_out=options.held_out, seed=seed,
+                                               warm_up_steps=options.warm_up_steps), make_parts)
     return folder
 
 

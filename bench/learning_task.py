@@ -5,16 +5,12 @@ is the demo's: how products are drawn, worded and photographed, the warm-up that
 products, four sampled answers each.
 """
 
-import random
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import demo
-from config import DemoOptions
-from models.policy import Policy
 
 CHAT = ("{% for message in messages %}<|im_start|>{% if message.content is string %}{{ message.content }}{% else %}"
         "{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
@@ -23,11 +19,14 @@ CHAT = ("{% for message in messages %}<|im_start|>{% if message.content is strin
 PATCH, MERGED = 8, 2  # a photo token covers 16 x 16 pixels
 
 
-def make_model(tokenizer: Any, seed: int) -> tuple[Any, Any]:
-    """Build a Qwen2.5-VL of the demo's size, fp32, and its image processor."""
+def make_parts(seed: int) -> tuple[Any, Any, Any]:
+    """Make the demo's tokenizer with Qwen's markers, a Qwen2.5-VL of the demo's size, fp32, and its image processor."""
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+    tokenizer = demo.make_tokenizer(seed)
+    tokenizer.add_tokens(["<|vision_start|>", "<|vision_end|>"], special_tokens=True)
+    tokenizer.chat_template = CHAT
     torch.manual_seed(seed)
     text = {"vocab_size": len(tokenizer), "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
@@ -38,7 +37,7 @@ def make_model(tokenizer: Any, seed: int) -> tuple[Any, Any]:
               "patch_size": PATCH, "temporal_patch_size": 2, "spatial_merge_size": MERGED, "window_size": 64,
               "fullatt_block_indexes": [0, 1]}
     names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
-             "vision_start_token_id": "<|vision_start|>",             "vision_end_token_id": "<|vision_end|>"}
+             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(
         "qwen2_5_vl", text_config=text, vision_config=vision, tie_word_embeddings=True, **ids))
@@ -48,23 +47,7 @@ def make_model(tokenizer: Any, seed: int) -> tuple[Any, Any]:
     pixels = demo.PIXELS ** 2
     processor = Qwen2VLImageProcessorPil(patch_size=PATCH, temporal_patch_size=2, merge_size=MERGED,
                                          size={"shortest_edge": pixels, "longest_edge": pixels})
-    return model, processor
-
-
-def make_task(folder: Path, options: DemoOptions) -> float:
-    """Write sheets, photos, prompt and warmed-up model; returns the reward that the model's sampled answers earn."""
-    rng = random.Random(f"catalogue/{options.seed}")
-    for name, count in (("catalogue", options.products), ("held_out", options.held_out)):
-        demo.write_catalogue(folder, name, (demo.draw_product(rng) for _ in range(count)), rng)
-    (folder / "prompt.txt").write_text(demo.TEMPLATE, encoding="utf-8")
-    tokenizer = demo.make_tokenizer(options.seed)
-    tokenizer.add_tokens(["<|vision_start|>", "<|vision_end|>"], special_tokens=True)
-    tokenizer.chat_template = CHAT
-    model, processor = make_model(tokenizer, options.seed)
-    reached = demo.warm_up(Policy(model, tokenizer, processor, exact_path=True), options)
-    for part in (model, tokenizer, processor):
-        part.save_pretrained(folder / "model")
-    return reached
+    return tokenizer, model, processor
 
 
 class Clock:
