@@ -168,8 +168,8 @@ def test_without_shared_memory_it_is_said_and_done_here(dense_policy, tmp_path, 
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(NoSharedMemory, match="No space left"):
-        preparing._shared(torch.zeros(preparing._BY_VALUE))
-    assert preparing._shared(torch.zeros(8)).tolist() == [0.0] * 8  # that small, it needs none
+        preparing._sent(torch.zeros(preparing._BY_VALUE))
+    assert preparing._sent(torch.zeros(8)).tolist() == [0.0] * 8  # that small, it needs none
 
     def begin(preparer, sample):
         future = preparing.Future()
