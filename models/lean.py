@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu, softplus
 
 from models.lora import can_merge, merged_weight
+from models.rotation import turn
 from models.shared_prefix import Layout
 
 _KNOWN_LAYERS = ("Qwen2DecoderLayer", "Qwen2_5_VLDecoderLayer", "Qwen3DecoderLayer", "Qwen3VLTextDecoderLayer",
@@ -230,12 +231,9 @@ def _halves(part: Tensor | None, head: int) -> tuple[Tensor | None, Tensor | Non
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first columns of heads (B, L, heads, d), as many as cos and sin have, in pairs half of them apart."""
-    width, half = cos.shape[-1], cos.shape[-1] // 2
-    plain = heads[..., :width]
-    turned = plain * cos
-    turned[..., :half].addcmul_(plain[..., half:], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(plain[..., :half], sin[..., half:])
-    return turned if width == heads.shape[-1] else torch.cat([turned, heads[..., width:]], -1)
+    width = cos.shape[-1]
+    first = turn(heads[..., :width], cos, *sin.chunk(2, -1))
+    return first if width == heads.shape[-1] else torch.cat([first, heads[..., width:]], -1)
 
 
 class _DeltaNet(_Product):

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from models import qwen_vision
 from models.family import (
     AtBirth,
     Family,
@@ -54,6 +55,7 @@ class Qwen25VL(Family):
         _check_parts(model_path, model.config, tokenizer, image_processor)
         patches = model.model.visual.patch_embed
         patches.forward = partial(_embed_patches, patches)
+        qwen_vision.make_lean(model.model.visual)
         return model, tokenizer, image_processor
 
     def encode_prompt(self, tokenizer: Any, image_processor: Any, text: str, photos: Sequence[Image.Image],
@@ -80,9 +82,10 @@ class Qwen25VL(Family):
         with_photos = [prompt for prompt in prompts if prompt.photos]
         if not with_photos:
             return [None] * len(prompts)
-        pixels, grids = (joined_on(device_of(model), [prompt.photos[name] for prompt in with_photos])
-                         for name in ("pixel_values", "image_grid_thw"))
-        out = model.model.get_image_features(pixels, grids)
+        device = device_of(model)
+        pixels = joined_on(device, [prompt.photos["pixel_values"] for prompt in with_photos])
+        grids = torch.cat([prompt.photos["image_grid_thw"] for prompt in with_photos])  # stay on the host
+        out = model.model.get_image_features(pixels, grids, **qwen_vision.arguments(model.model.visual, grids, device))
         counts = [int(self.photo_positions(model, prompt).sum()) for prompt in with_photos]
         split = iter(self._features(out).split(counts))
         return [next(split) if prompt.photos else None for prompt in prompts]
