@@ -27,8 +27,8 @@ from models.sharding import gathered
 from ours import TEMPLATE, computed_step, make_run
 from rollout import PromptEncoder, rollout_groups
 from sheets.samples import Sample
-from train_vlm_parallel import Run
 from training.preflight import GIB, peak_memory
+from training.upkeep import Run
 
 RANK = 32
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from config import TrainOptions
 from models.optimizer import learning_rate, set_learning_rate
-from train_vlm_parallel import Run, fill_buffer, products_at, roll_out, supervise, sync_reference
+from train_vlm_parallel import fill_buffer, products_at, roll_out, supervise, sync_reference
+from training.upkeep import Run
 from update import update
 
 

@@ -16,7 +16,8 @@ from models.trainable import set_trainable
 from own_reward import Scorer
 from rollout import Group, PromptEncoder, rollout_groups
 from sheets.samples import Sample
-from train_vlm_parallel import Run, fill_buffer, load_models
+from train_vlm_parallel import fill_buffer, load_models
+from training.upkeep import Run
 from update import make_idle, make_learner, update
 
 TEMPLATE = "{text}"

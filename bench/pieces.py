@@ -54,8 +54,9 @@ from replay_buffer import ReplayBuffer, join_experiences
 from reward import score_answer
 from rollout import PromptEncoder
 from sheets.samples import Sample, cached_photo_path, load_photos, load_samples
-from train_vlm_parallel import Run, fill_buffer
+from train_vlm_parallel import fill_buffer
 from training.checkpoint import read_state, save_checkpoint
+from training.upkeep import Run
 
 ANSWER = 'The size is {"length": "12.5 cm", "width": 8, "height": 15, "unit": "cm"}.'
 ROWS, PRODUCTS = 100, 16  # of the sheet; of the buffer

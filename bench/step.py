@@ -59,7 +59,7 @@ from meter import Meter, keep_memory, processor_name, resident, return_memory, t
 from ours import make_run, measured_step, reference_log_probs, step_options
 from rollout import Group
 from sheets.samples import Sample, load_photos
-from train_vlm_parallel import Run
+from training.upkeep import Run
 
 PHASES = ("prepare", "generate", "reference", "train")
 MEMORY_MICRO_BATCH = 4

@@ -1,4 +1,4 @@
-"""The vision of Qwen-VL with few launches: features and gradients of transformers' own, windows of one size together."""
+"""The vision of Qwen-VL with few launches: transformers' own features and gradients, windows of one size together."""
 
 import copy
 

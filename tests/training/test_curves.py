@@ -21,6 +21,7 @@ from rollout import Group, RolloutFailure
 from runs import train_options
 from sheets.samples import Sample
 from tiny import noise_photo
+from training import upkeep
 from training.checkpoint import is_better, read_best
 from training.curves import MEANINGS, candidate_table, photo_strip, telling, warn_of_failures
 from training.trained import options_of
@@ -130,14 +131,14 @@ def test_a_run_folder_explains_itself(finished, shop):
 
 def give_rewards(monkeypatch, evaluations):
     """Let each evaluation answer so many held-out products, and give every answer of each a reward."""
-    good, evaluations = training.evaluate, iter(evaluations)
+    good, evaluations = upkeep.evaluate, iter(evaluations)
 
     def evaluate(*args, **more):
         records, failures = good(*args, **more)
         return [replace(record, parts=[replace(part, reward=reward) for part in record.parts])
                 for record, reward in zip(records, next(evaluations), strict=False) if reward is not None], failures
 
-    monkeypatch.setattr(training, "evaluate", evaluate)
+    monkeypatch.setattr(upkeep, "evaluate", evaluate)
 
 
 def test_what_could_not_be_sampled_is_named_with_a_way_out(said):
@@ -170,7 +171,7 @@ def test_the_best_is_chosen_on_products_that_both_evaluations_answered(shop, tmp
     give_rewards(monkeypatch, [[], [0.8, 0.2], [0.7, None], [0.7, 0.4], [None, 0.5], [0.9, 0.4]])
     options = train_options(shop, tmp_path, eval_every=1, max_steps=5, save_every=9, eval_fraction=0.5)
     kept = []
-    monkeypatch.setattr(training, "keep_best", lambda *args, good=training.keep_best: kept.append(args[2]) or
+    monkeypatch.setattr(upkeep, "keep_best", lambda *args, good=upkeep.keep_best: kept.append(args[2]) or
                         good(*args))
     training.train(options)
     assert kept == [1, 3, 4]
@@ -189,13 +190,13 @@ def test_means_are_compared_over_the_same_products(rewards, earlier, better):
 def test_without_save_best_nothing_is_kept_or_gathered(shop, tmp_path, monkeypatch):
     options = train_options(shop, tmp_path, save_best=False)
     gathered = []
-    monkeypatch.setattr(training, "whole_weights", lambda *args, **more: gathered.append(1))
+    monkeypatch.setattr(upkeep, "whole_weights", lambda *args, **more: gathered.append(1))
     record = Record(Sample(2, "p", "mug", (9.0,), (), "s.xlsx"), ["9"], [score_answer("9", (9.0,))])
     for save_best, count in ((False, 0), (True, 1)):
         run = SimpleNamespace(policy=None, processes=training.Processes(1, 1), learner=SimpleNamespace(sharded=True))
         with monkeypatch.context() as patch:
-            patch.setattr(training, "keep_best", lambda *args: None)
-            assert not training.keep_if_best(run, replace(options, save_best=save_best), 5, [record])
+            patch.setattr(upkeep, "keep_best", lambda *args: None)
+            assert not upkeep.keep_if_best(run, replace(options, save_best=save_best), 5, [record])
         assert len(gathered) == count
     for changes in ({"save_best": False, "stop_after": 2}, {"stop_after": 2, "eval_every": 0}):
         with pytest.raises(OptionError, match="--stop_after"):
