@@ -228,26 +228,29 @@ def _rollout(shape: Shape, options: TrainOptions, work: Work, split: bool, on_gp
     growing = (a_layer + a_mask) * before + size * rows * last if fed > room else 0
     writing = (shape.attentions * a_layer + a_mask) * last + states + 8 * shape.width * tokens + max(
         rows * shape.vocabulary * 20.0, growing)
-    making = _making(shape, options) if copied else 0
-    weights = {"copies for the rollout": copied} if copied else _gathered(shape, options, split)
+    making = _making(shape, options, split) if copied else 0
+    weights = _gathered(shape, options, split) if split or not copied else {}
+    weights |= {"copies for the rollout": copied} if copied else {}
     return weights | {"the head's copy": head, "keys, prompts' work, logits": max(reading, writing, making)}
 
 
 def _copied(shape: Shape, options: TrainOptions, split: bool) -> float:
     """Bytes of the copies of weights that models/lean.py makes for a rollout: of all layers, or of what lies side by
-    side there where the rest is held as it is multiplied; none of split weights, nor of those in 4 bits."""
-    if split or options.quantize == "4bit":
+    side there where the rest is held, or gathered, as it is multiplied; none of weights in 4 bits."""
+    if options.quantize == "4bit":
         return 0
-    if options.lora_rank or _size(options) == 2:
-        return _size(options) * shape.layers * shape.layer
+    size = _size(options)
+    if options.lora_rank or size == 2 and not split:
+        return size * shape.layers * shape.layer
     attention = (1 + shape.gated) * shape.query + 2 * shape.keys
     delta = 2 * (shape.delta.keys + shape.delta.values + shape.delta.heads) if shape.delta else 0
-    return 4 * shape.width * (shape.attentions * attention + shape.deltas * delta + shape.layers * 2 * shape.inner)
+    return size * shape.width * (shape.attentions * attention + shape.deltas * delta + shape.layers * 2 * shape.inner)
 
 
-def _making(shape: Shape, options: TrainOptions) -> float:
+def _making(shape: Shape, options: TrainOptions, split: bool) -> float:
     """Bytes beside the copies while the last is made of an MLP's two first matrices: with the adapter, then cast."""
-    return 2 * shape.width * shape.inner * ((4 if options.lora_rank else 0) + (2 if _size(options) == 2 else 0))
+    casts = _size(options) == 2 and (bool(options.lora_rank) or not split)
+    return 2 * shape.width * shape.inner * ((4 if options.lora_rank else 0) + 2 * casts)
 
 
 def _reference(shape: Shape, options: TrainOptions, work: Work, split: bool) -> dict[str, float]:

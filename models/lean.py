@@ -84,7 +84,8 @@ def _forward(own: Callable[..., Tensor], hidden_states: Tensor, position_embeddi
 
 
 def _is_known(language_model: nn.Module) -> bool:
-    return all(type(layer).__name__ in _KNOWN_LAYERS and "forward" not in vars(layer)
+    # FSDP2 puts its name before that of a layer's class; weights that it has not gathered can't be merged.
+    return all(type(layer).__name__.removeprefix("FSDP") in _KNOWN_LAYERS and "forward" not in vars(layer)
                and all(can_merge(each) for each in _linears(layer)) for layer in language_model.layers)
 
 

@@ -370,12 +370,12 @@ def test_numbers_worked_by_hand():
     # Reading one prompt takes less than to make the last copies: 2 x 3584 x 18944 numbers in four bytes and in two
     one = footprint(shape, adapted, Work(LONG)).phases["rollout"]["keys, prompts' work, logits"]
     assert one == 6 * 2 * 3584 * 18944
-    # In float32 what lies side by side is copied: 3584 x (3584 + 2 x 512 + 2 x 18944) in 28 layers; split or in 4 bits
-    # nothing is.
+    # In float32, and split, what lies side by side is copied: 3584 x (3584 + 2 x 512 + 2 x 18944) in 28 layers; in 4
+    # bits nothing is.
     kinds = [footprint(shape, TrainOptions(**more), Work(LONG), world).phases["rollout"].get("copies for the rollout")
              for more, world in (({"dtype": "float32"}, 1), ({"dtype": "bfloat16", "sharding": "fsdp"}, 4),
                                  ({"dtype": "bfloat16", "lora_rank": 8, "quantize": "4bit"}, 1))]
-    assert kinds == [4 * 28 * 3584 * (3584 + 2 * 512 + 2 * 18944), None, None]
+    assert kinds == [size and size * 28 * 3584 * (3584 + 2 * 512 + 2 * 18944) for size in (4, 2, None)]
     # Writing a hundred answers of up to 201 tokens: keys and values of 1500 + 100 x 200 columns, filled up to eights,
     # in 28 layers; the masks of 100 x 7 queries; 1500 hidden states and embeddings; logits of 100 rows.
     many = footprint(shape, replace(options, group_size=100, max_length=201), Work(LONG)).phases["rollout"]

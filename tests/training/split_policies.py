@@ -58,6 +58,7 @@ def compare(kind, trains, checkpointing):
     with gathered(split):
         found = sample(split, prompts, columns=12 - 4 * rank, seed=f"rank {rank}")
     assert torch.equal(found.completions, wanted.completions)
+    assert split.copies.taken == whole.copies.taken > 0  # both wrote them by models/lean.py
 
     log_probs, gradients = scored(split, prompts, wanted)
     alone, own = scored(whole, prompts, wanted)
