@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a mis
 import hashlib
 import json
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ TEMPLATE = "{text}"  # the tiny model has learnt what is asked; a real one is to
 OVERLOOKED = {0: 0.3, 1: 0.4, 2: 0.3}  # cells of a side: share. Perfect imitation: 0.77, 2.7 % within 10 %
 LESSONS, WARM_UP_BATCH, LOG_EVERY = 2500, 16, 50
 SEEING_LR, ANSWERING_LR, ANSWERING_STEPS = 5e-3, 2e-3, 80  # of the warm-up's two parts
+# The first part goes on, so many steps at a time, until its loss is this low: some seeds learn to count late.
+SEEN, MORE_STEPS, MORE_LR, ROUNDS = 0.08, 100, 3e-3, 5
 MARKERS = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "image_start_token": "<image>",
            "image_end_token": "</image>", "slice_start_token": "<slice>", "slice_end_token": "</slice>",
            "image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>"}
@@ -172,24 +175,31 @@ def miscounted(product: Product, rng: random.Random) -> list[int]:
 
 
 def warm_up(policy: Policy, options: DemoOptions) -> float:
-    """Imitate right sizes for options.warm_up_steps, then miscounted ones; returns what sampled answers then earn."""
+    """Imitate right sizes for options.warm_up_steps and until the model sees, then miscounted ones; returns what
+    sampled answers then earn."""
     rng = random.Random(f"warm-up/{options.seed}")
     products = [draw_product(rng) for _ in range(LESSONS)]
     prompts = [encode(policy, product, rng) for product in products]
-    imitate(policy, prompts, [product.label for product in products], options.warm_up_steps, SEEING_LR, rng)
+    labels = [product.label for product in products]
+    loss = imitate(policy, prompts, labels, options.warm_up_steps, SEEING_LR, rng)
+    for _ in range(ROUNDS):
+        if loss > SEEN:
+            loss = imitate(policy, prompts, labels, MORE_STEPS, MORE_LR, rng)
     imitate(policy, prompts, [miscounted(product, rng) for product in products], ANSWERING_STEPS, ANSWERING_LR, rng)
     probe = [draw_product(rng) for _ in range(96)]
     return sampled_reward(policy, probe, [encode(policy, product, rng) for product in probe], f"{options.seed}/probe")
 
 
 def imitate(policy: Policy, prompts: Sequence[Prompt], sizes: Sequence[Sequence[int]], steps: int, lr: float,
-            rng: random.Random) -> None:
-    """Fine-tune all weights on answers that give these sizes, one for each prompt."""
+            rng: random.Random) -> float:
+    """Fine-tune all weights on answers that give these sizes, one for each prompt; returns the mean loss of the last
+    LOG_EVERY steps."""
     tokenizer = policy.tokenizer
     lessons = [(prompt, torch.tensor(tokenizer(answer_text(some))["input_ids"] + [tokenizer.eos_token_id]))
                for prompt, some in zip(prompts, sizes, strict=True)]
     parameters = set_trainable(policy, train_vision=True)
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    losses = deque(maxlen=LOG_EVERY)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / steps)
         batch = rng.choices(lessons, k=WARM_UP_BATCH)
@@ -200,8 +210,10 @@ def imitate(policy: Policy, prompts: Sequence[Prompt], sizes: Sequence[Sequence[
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        losses.append(float(loss.detach()))
         if (step + 1) % LOG_EVERY == 0:
-            logger.info(f"warm-up step {step + 1} of {steps}: loss {float(loss.detach()):.3f}")
+            logger.info(f"warm-up step {step + 1} of {steps}: loss {fmean(losses):.3f}")
+    return fmean(losses)
 
 
 def pad_answers(answers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

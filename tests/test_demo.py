@@ -8,6 +8,7 @@ import pytest
 
 import cpu_seconds
 import demo
+from config import DemoOptions
 from reward import score_answer
 
 
@@ -25,6 +26,19 @@ def test_perfect_imitation_earns_what_is_said():
              for product in (demo.draw_product(rng) for _ in range(3000))]
     assert fmean(part.reward for part in parts) == pytest.approx(0.7747, abs=0.01)  # over all sizes
     assert fmean(max(part.errors) <= 0.1 for part in parts) == pytest.approx(0.027, abs=0.01)  # 0.3 ** 3
+
+
+@pytest.mark.parametrize(("losses", "rounds"), [([0.05], 0), ([0.3, 0.09, 0.07], 2), ([0.3] * 6, 5)])
+def test_the_warm_up_goes_on_until_the_model_sees(losses, rounds, monkeypatch):
+    """As many steps more as it takes, or five times; then the habit, whatever came of it."""
+    done, coming = [], iter([*losses, 0.4])
+    monkeypatch.setattr(demo, "LESSONS", 2)
+    monkeypatch.setattr(demo, "encode", lambda *_: None)
+    monkeypatch.setattr(demo, "sampled_reward", lambda *_: 0.7)
+    monkeypatch.setattr(demo, "imitate", lambda policy, prompts, sizes, steps, lr, rng: done.append((steps, lr)) or
+                        next(coming))
+    assert demo.warm_up(None, DemoOptions(warm_up_steps=300)) == 0.7
+    assert done == [(300, 5e-3), *[(100, 3e-3)] * rounds, (80, 2e-3)]
 
 
 def test_seconds_of_a_command_are_printed_and_its_status_kept(monkeypatch, capfd):
