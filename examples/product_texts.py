@@ -40,7 +40,9 @@ PLAIN = ("{l}x{w}x{h} {u}", "{l} x {w} x {h} {u}", "{l}×{w}×{h}{u}", "{l}*{w}*
          "W {w} {u} D {l} {u} H {h} {u}", "measures {l} {u} x {w} {u} x {h} {u}")
 TWICE = ('{a}" x {b}" x {c}" ({l} x {w} x {h} cm)', "{l} x {w} x {h} cm ({a} x {b} x {c} in)")
 CM_PER_INCH = 2.54
-NOTATIONS = {"cm": 0.74, "mm": 0.1, "cm and inch": 0.1, "inch": 0.06}  # how many of the products
+# How many of the products; few in inches alone: a model this small does not multiply by 2.54, and learns from such
+# lessons to make numbers up.
+NOTATIONS = {"cm": 0.74, "mm": 0.1, "cm and inch": 0.14, "inch": 0.02}
 UNIT_WORDS = {"cm": ("cm", "cm", "cm", "centimetres"), "mm": ("mm",), "cm and inch": ("cm",),
               "inch": ("inches", "in", '"')}
 
