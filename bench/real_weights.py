@@ -39,6 +39,8 @@ class RealOptions(SheetOptions):
         ("grpo", "supervised", "both", "grpo_lora", "supervised_lora", "both_lora"), "how to train, or none")
     max_steps: int = option(18, "steps of each way", within="(0, inf)")
     sft_steps: int = option(6, "supervised ones among those of both", within="(0, inf)")
+    lr: float = option(2e-5, "learning rate of all weights", within="(0, inf)")
+    sft_lr: float = option(4e-5, "that of their supervised steps", within="(0, inf)")
     lora_rank: int = option(16, "rank of the adapters", within="(0, inf)")
     lora_lr: float = option(2e-4, "their learning rate", within="(0, inf)")
     eval_fraction: float = option(0.3, "share of the products held out", within="(0, 1)")
@@ -92,7 +94,8 @@ def settings_of(way: str, options: RealOptions) -> TrainOptions:
         encoding=options.encoding, eval_fraction=options.eval_fraction, model_path=options.model_path,
         max_steps=options.max_steps, eval_every=options.eval_every, output_dir=str(folder),
         log_dir=str(folder / "curves"), resume="auto", sft_steps=sft_steps,
-        sft_lr=common.sft_lr if sft_steps and not adapters else None)
+        sft_lr=options.sft_lr if sft_steps and not adapters else None, lr=options.lr, lr_scheduler="constant",
+        min_lr_ratio=0.0)
     if adapters:
         settings = replace(settings, lora_rank=options.lora_rank, lr=options.lora_lr)
     check_options(settings)
