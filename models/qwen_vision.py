@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from models.rotation import turned
 
 
 def make_lean(visual: nn.Module) -> None:
-    """Let the attention of a vision tower take windows of one size together."""
+    """Let a vision tower embed its patches by one product, and its attention take windows of one size together."""
+    visual.patch_embed.forward = partial(_embed_patches, visual.patch_embed)
     for block in visual.blocks:
         block.attn.forward = partial(attend, block.attn)
 
@@ -47,9 +48,8 @@ def by_size(window_index: Tensor, bounds: Tensor, grids: Tensor, unit: int) -> t
     windows within a photo gives the same features.
     """
     windows = window_index.split((bounds.diff() // unit).tolist())
-    photos = torch.searchsorted(grids.prod(-1).cumsum(0), bounds[:-1], right=True)  # (windows,)
-    _, ordered = zip(*sorted(zip(photos.tolist(), windows, strict=True), key=lambda pair: (pair[0], len(pair[1]))),
-                     strict=True)
+    photos = torch.searchsorted(grids.prod(-1).cumsum(0), bounds[:-1], right=True).tolist()  # which each belongs to
+    ordered = [windows[place] for place in sorted(range(len(windows)), key=lambda at: (photos[at], len(windows[at])))]
     sizes = torch.tensor([0, *(unit * len(window) for window in ordered)], dtype=bounds.dtype)
     return torch.cat(ordered), sizes.cumsum(0, dtype=bounds.dtype)
 
@@ -70,3 +70,12 @@ def attend(module: nn.Module, hidden_states: Tensor, cu_seqlens: Tensor,
         value = value.unflatten(0, run).transpose(1, 3).squeeze(2)
         out.append(scaled_dot_product_attention(query, key, value, scale=module.scaling).transpose(1, 2).flatten(0, 1))
     return module.proj(torch.cat(out).flatten(1))
+
+
+def _embed_patches(module: nn.Module, pixels: Tensor) -> Tensor:
+    """Embed flat patches (patches, values of a patch) by one matrix product.
+
+    The convolution that is there does the same, a patch at each place it stops; as a convolution it is far slower.
+    """
+    weight = module.proj.weight  # (d, channels, frames, high, wide)
+    return linear(pixels.to(weight.dtype), weight.flatten(1), module.proj.bias)

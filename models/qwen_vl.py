@@ -7,13 +7,11 @@ that wants torchvision. Counts follow Qwen2_5_VLProcessor and Qwen3VLProcessor (
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from models import qwen_vision
 from models.family import (
@@ -53,8 +51,6 @@ class Qwen25VL(Family):
         model = load_checked(native_class(model_path), model_path, at_birth, dtype=dtype,
                              quantization_config=quantization)
         _check_parts(model_path, model.config, tokenizer, image_processor)
-        patches = model.model.visual.patch_embed
-        patches.forward = partial(_embed_patches, patches)
         qwen_vision.make_lean(model.model.visual)
         return model, tokenizer, image_processor
 
@@ -136,15 +132,6 @@ class Qwen3VL(Qwen25VL):
         hidden = model.config.text_config.hidden_size
         deepstack = torch.cat([rows[:, hidden:] for rows in present])
         return {"visual_pos_masks": photo_mask, "deepstack_visual_embeds": list(deepstack.split(hidden, dim=-1))}
-
-
-def _embed_patches(module: nn.Module, pixels: Tensor) -> Tensor:
-    """Embed flat patches (patches, values of a patch) by one matrix product.
-
-    The convolution that is there does the same, a patch at each place it stops; as a convolution it is far slower.
-    """
-    weight = module.proj.weight  # (d, channels, frames, high, wide)
-    return linear(pixels.to(weight.dtype), weight.flatten(1), module.proj.bias)
 
 
 def _pixel_bounds(image_processor: Any, max_pixels: int | None) -> dict[str, int]:
