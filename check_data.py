@@ -28,24 +28,14 @@ from ground.files import write_text
 from ground.options import held_out_sheet
 from prompts import build_prompt, read_template
 from sheets import workbooks
+from sheets.cells import DataError
 from sheets.check_page import html_page
 from sheets.checks import FEWEST, against_text, leaks, look_across, look_at_photos
 from sheets.findings import FoundRow, RowFile, Tally
 from sheets.order import split_held_out
 from sheets.photos import SeenPhoto, examine_photos
-from sheets.samples import (
-    CONTRADICTION,
-    WITHOUT_PHOTOS,
-    DataError,
-    RowProblem,
-    Sample,
-    count_photos,
-    describe_labels,
-    doubtful_labels,
-    judge_rows,
-    obey_bad_rows,
-    require_usable,
-)
+from sheets.samples import CONTRADICTION, RowProblem, Sample, doubtful_labels, judge_rows
+from sheets.summary import WITHOUT_PHOTOS, count_photos, describe_labels, obey_bad_rows, require_usable
 from sheets.table import as_many_as_fit, write_table
 
 _BRIEF = 40  # characters of a text that stay in memory: as many as are shown of what rows share

@@ -21,7 +21,8 @@ from config import CheckRewardOptions
 from evidence.measures import unit_slip, volume_error
 from own_reward import Scorer
 from reward import SUCCESS_REWARD, RewardParts
-from sheets.samples import DataError, Sample
+from sheets.cells import DataError
+from sheets.samples import Sample
 from sizes.answers import read_answer
 from sizes.labels import parse_label
 
@@ -81,7 +82,8 @@ def examine(options: CheckRewardOptions) -> str:
     from config import TrainOptions
     from evidence.evaluation import in_chunks
     from models.loading import settle_dtype
-    from sheets.samples import load_samples, require_usable, summarise_problems
+    from sheets.samples import load_samples
+    from sheets.summary import require_usable, summarise_problems
     from training.trained import asked_otherwise, open_trained, options_of, scorer_of
 
     if options.num_threads:

@@ -33,7 +33,9 @@ from models.policy import Policy
 from own_reward import Scorer
 from prompts import build_prompt, read_template
 from rollout import Group, rollout_groups
-from sheets.samples import DataError, Sample, load_photos, load_samples, require_usable
+from sheets.cells import DataError
+from sheets.samples import Sample, load_photos, load_samples
+from sheets.summary import require_usable
 from training.checkpoint import save_model
 from training.trained import TrainedModel, open_trained, options_of
 

@@ -41,8 +41,10 @@ from models.weights import check_files
 from own_reward import Scorer
 from prompts import read_template
 from rollout import PromptEncoder
+from sheets.cells import DataError
 from sheets.order import split_held_out
-from sheets.samples import DataError, Sample, load_samples, require_usable, summarise_problems
+from sheets.samples import Sample, load_samples
+from sheets.summary import require_usable, summarise_problems
 from training.trained import TrainedModel, open_trained, options_of, scorer_of
 
 # What decides how a model answers; the prompt is compared by its text.

@@ -30,17 +30,11 @@ from evidence.report import answer_line, sizes_text, write_sheet
 from ground.options import sheet_options
 from models.loading import settle_dtype
 from reward import RewardParts
+from sheets.cells import DataError
 from sheets.columns import header_rows
 from sheets.fetch import fetch, make_session
-from sheets.samples import (
-    DataError,
-    PhotoError,
-    Sample,
-    cached_photo_path,
-    load_samples,
-    require_usable,
-    summarise_problems,
-)
+from sheets.samples import PhotoError, Sample, cached_photo_path, load_samples
+from sheets.summary import require_usable, summarise_problems
 from sheets.table import read_table
 from sizes.labels import parse_label
 from sizes.texts import as_seen

@@ -47,8 +47,9 @@ from own_reward import Scorer
 from prompts import read_template
 from replay_buffer import Experience, ReplayBuffer
 from rollout import Group, PromptEncoder, RolloutFailure, products_together, rollout_groups, sample_flat_again
+from sheets.cells import DataError
 from sheets.order import products_of_step
-from sheets.samples import DataError, Sample
+from sheets.samples import Sample
 from training.checkpoint import find_resume, read_best
 from training.curves import PAGE, Bounds, Curves, describe, log_groups, log_step, warn_of_failures
 from training.guard import check_fast_path

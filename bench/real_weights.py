@@ -73,7 +73,8 @@ from own_reward import Scorer
 from prompts import build_prompt, read_template
 from reward import SUCCESS_REWARD
 from run import read_curve
-from sheets.samples import DataError, Sample
+from sheets.cells import DataError
+from sheets.samples import Sample
 from train_vlm_parallel import load_products
 from training.trained import TrainedModel, asked_otherwise, open_trained
 

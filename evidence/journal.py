@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sheets.samples import DataError
+from sheets.cells import DataError
 
 
 class Journal:

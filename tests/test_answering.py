@@ -18,7 +18,8 @@ from ground.options import check_options, write_options
 from models.policy import Policy
 from rounding import float64
 from runs import train_options
-from sheets.samples import DataError, PhotoError, cached_photo_path
+from sheets.cells import DataError
+from sheets.samples import PhotoError, cached_photo_path
 from tiny import noise_photo
 
 

@@ -23,7 +23,7 @@ from loss import VLM_GRPOLoss
 from rounding import float64
 from run import choose_samples
 from runs import as_flags, one_step, tags, train_options, weights, write_shop
-from sheets.samples import DataError
+from sheets.cells import DataError
 from sheets.table import write_table
 from training import setup as loading
 from training.checkpoint import list_checkpoints

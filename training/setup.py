@@ -19,17 +19,15 @@ from models.lora import is_adapter, rank_of
 from models.policy import Policy, Root, load_policy
 from models.processes import ALONE, Processes
 from models.sharding import own_part, splitter
+from sheets.cells import DataError
 from sheets.checks import count_kinds, leaks, look_over
 from sheets.fetch import download_missing
 from sheets.order import split_held_out
-from sheets.samples import (
+from sheets.samples import RowProblem, Sample, load_samples
+from sheets.summary import (
     WITHOUT_PHOTOS,
-    DataError,
-    RowProblem,
-    Sample,
     count_photos,
     describe_labels,
-    load_samples,
     obey_bad_rows,
     require_usable,
     summarise_problems,

@@ -19,7 +19,8 @@ from sheets import columns, findings, table
 from sheets.cells import DataError
 from sheets.checks import leaks, look_at_photos, look_over, outliers
 from sheets.photos import examine_photos, look_of
-from sheets.samples import Sample, doubtful_labels, label_gap, load_samples, obey_bad_rows
+from sheets.samples import Sample, doubtful_labels, label_gap, load_samples
+from sheets.summary import obey_bad_rows
 from sheets.table import read_table, write_table
 from sizes.labels import parse_label
 

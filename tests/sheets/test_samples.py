@@ -10,22 +10,18 @@ import openpyxl
 import pytest
 from PIL import Image
 
+from sheets.cells import DataError
 from sheets.order import products_of_step, split_held_out
 from sheets.samples import (
-    WITHOUT_PHOTOS,
-    DataError,
     PhotoError,
     RowProblem,
     Sample,
     cached_photo_path,
-    count_photos,
-    describe_labels,
     find_cached_photo,
     load_photos,
     load_samples,
-    require_usable,
-    summarise_problems,
 )
+from sheets.summary import WITHOUT_PHOTOS, count_photos, describe_labels, require_usable, summarise_problems
 
 PHOTO_COLUMNS = ("sku_img", "spu_img_1", "spu_img_2", "spu_img_3", "spu_img_4")
 ABO = Path(__file__).resolve().parents[2] / "../shared/data/abo"
