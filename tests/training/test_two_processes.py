@@ -116,7 +116,7 @@ def test_a_shortage_of_memory_loses_no_product(folder, name):
 
 def test_gradients_are_reduced_once_if_asked_for(folder):
     said = (folder / "said.txt").read_text()
-    whole, one_by_one, once = (int(re.search(f"{name}: done, (.*) reductions", said)[1]) for name in
+    whole, one_by_one, once = (int(re.search(f"{name}: done, (\\d+) reductions", said)[1]) for name in
                                ("fsdp", "fsdp, one by one", "fsdp, reduced once"))
     assert once == whole == one_by_one / 2 > 0
 
