@@ -64,6 +64,9 @@ class Family:
         """
         raise NotImplementedError
 
+    def make_lean(self, model: nn.Module) -> None:
+        """Put what this family computes with fewer operations in the place of the model's own; twice is once."""
+
     def check_bounds(self, model: nn.Module, image_processor: Any, max_slice_nums: int | None, max_pixels: int | None
                      ) -> None:
         """Refuse bounds of a photo that mean nothing to this family; raises ModelError."""

@@ -91,6 +91,7 @@ class Policy:
         self.image_processor = image_processor
         self.family = family_of(model.config.model_type)
         self.family.check_bounds(model, image_processor, max_slice_nums, max_pixels)
+        self.family.make_lean(model)
         self.dtype = dtype
         self.max_slice_nums = max_slice_nums
         self.max_pixels = max_pixels

@@ -72,10 +72,16 @@ def attend(module: nn.Module, hidden_states: Tensor, cu_seqlens: Tensor,
     return module.proj(torch.cat(out).flatten(1))
 
 
+def one_frame(pixels: Tensor, channels: int, frames: int) -> Tensor:
+    """Keep the first of the frames that patches (patches, channels * frames * p * p) of photos hold: all are alike."""
+    return pixels.unflatten(1, (channels, frames, -1))[:, :, 0].flatten(1)
+
+
 def _embed_patches(module: nn.Module, pixels: Tensor) -> Tensor:
-    """Embed flat patches (patches, values of a patch) by one matrix product.
+    """Embed flat patches (patches, values of a patch), of one frame or of all, by one matrix product.
 
     The convolution that is there does the same, a patch at each place it stops; as a convolution it is far slower.
     """
     weight = module.proj.weight  # (d, channels, frames, high, wide)
-    return linear(pixels.to(weight.dtype), weight.flatten(1), module.proj.bias)
+    weight = weight.flatten(1) if pixels.shape[1] == weight[0].numel() else weight.sum(2).flatten(1)
+    return linear(pixels.to(weight.dtype), weight, module.proj.bias)

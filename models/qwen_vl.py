@@ -31,6 +31,7 @@ from sheets.photos import PhotoError
 _MARKERS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
 _PLACEHOLDER = _MARKERS["image_token_id"]
+_CHANNELS = 3
 _THINNEST = 200  # the image processor refuses photos more than so many times as long as wide
 
 
@@ -51,8 +52,11 @@ class Qwen25VL(Family):
         model = load_checked(native_class(model_path), model_path, at_birth, dtype=dtype,
                              quantization_config=quantization)
         _check_parts(model_path, model.config, tokenizer, image_processor)
-        qwen_vision.make_lean(model.model.visual)
         return model, tokenizer, image_processor
+
+    def make_lean(self, model: nn.Module) -> None:
+        """Let the vision tower compute as qwen_vision does."""
+        qwen_vision.make_lean(model.model.visual)
 
     def encode_prompt(self, tokenizer: Any, image_processor: Any, text: str, photos: Sequence[Image.Image],
                       max_slice_nums: int | None = None, max_pixels: int | None = None) -> Prompt:
@@ -70,7 +74,8 @@ class Qwen25VL(Family):
         encoded = image_processor(list(photos), return_tensors="pt", size=_pixel_bounds(image_processor, max_pixels))
         counts = encoded["image_grid_thw"].prod(-1) // image_processor.merge_size ** 2  # (photos,)
         input_ids = prompt_ids(tokenizer, parts, [_PLACEHOLDER * count for count in counts.tolist()])  # (P,)
-        return Prompt(input_ids, {"pixel_values": encoded["pixel_values"],        # (patches, values of a patch)
+        pixels = qwen_vision.one_frame(encoded["pixel_values"], _CHANNELS, image_processor.temporal_patch_size)
+        return Prompt(input_ids, {"pixel_values": pixels,                         # (patches, values of a patch)
                                   "image_grid_thw": encoded["image_grid_thw"]})   # (photos, 3) patches: 1, high, wide
 
     def photo_features(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[Tensor | None]:

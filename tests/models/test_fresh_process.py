@@ -67,8 +67,12 @@ def write_plain(tokenizer, image_processor, folder_of_all):
     expected = {}
     for kind in KINDS:
         policy = Policy(*parts_of(kind, tokenizer, image_processor))
-        prompt = policy.encode_prompt("box, grid 5 cm", [noise_photo(1, (200, 90)), noise_photo(2)])
-        photos = {name: value.double() if value.is_floating_point() else value for name, value in prompt.photos.items()}
+        shown = [noise_photo(1, (200, 90)), noise_photo(2)]
+        prompt = policy.encode_prompt("box, grid 5 cm", shown)
+        photos = dict(prompt.photos)
+        if kind in ("qwen2_5_vl", "qwen3_vl"):  # of which a prompt holds one frame
+            photos = dict(policy.image_processor(shown, return_tensors="pt"))
+        photos = {name: value.double() if value.is_floating_point() else value for name, value in photos.items()}
         inputs = {"input_ids": prompt.input_ids[None], **photos}
         if kind in ("v47", "qwen2_5_vl", "qwen3_vl"):  # these look at the photos to number their positions
             inputs["mm_token_type_ids"] = policy.family.photo_positions(policy.model, prompt).long()[None]

@@ -77,7 +77,8 @@ def test_patches_embedded_by_one_product_are_those_of_the_convolution(kind, toke
     parts = parts_of(kind, tokenizer, image_processor)
     for part in parts:
         part.save_pretrained(tmp_path)
-    stock, (model, *_) = parts[0], load_minicpm(str(tmp_path))
+    stock, (model, tokenizer, image_processor) = parts[0], load_minicpm(str(tmp_path))
+    policy = Policy(model, tokenizer, image_processor)
     pixels = torch.randn(12, 3 * 2 * 8 * 8)
     wanted, found = (each.model.visual.patch_embed(pixels) for each in (stock, model))
     assert found.shape == wanted.shape and (found - wanted).abs().max() < 1e-5
@@ -85,6 +86,18 @@ def test_patches_embedded_by_one_product_are_those_of_the_convolution(kind, toke
     with torch.no_grad():
         twin.model.visual.patch_embed.proj.weight.zero_()
     assert torch.equal(model.model.visual.patch_embed(pixels), found)
+    # Of the frames of a photo, which are alike, a prompt holds one: half the values.
+    photo = noise_photo(1)
+    whole = image_processor([photo], return_tensors="pt")["pixel_values"]
+    frame = policy.encode_prompt("box", [photo]).photos["pixel_values"]
+    assert torch.equal(frame.view(-1, 3, 64), whole.view(-1, 3, 2, 64)[:, :, 1])
+    gradients = []
+    for each, given in ((stock, whole), (model, frame)):
+        embedded = each.model.visual.patch_embed(given)
+        (embedded * torch.randn(embedded.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+        gradients.append(each.model.visual.patch_embed.proj.weight.grad)
+    assert (model.model.visual.patch_embed(frame) - stock.model.visual.patch_embed(whole)).abs().max() < 1e-5
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-5 * gradients[0].abs().max()
 
 
 def test_slices_are_refused_and_the_way_out_is_named(qwen_policy):
