@@ -14,19 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from models.packing import pack, product
+
 CHUNK_NUMBERS = 2 ** 24  # logits held at once: 64 MiB in float32
 
 
 class Logits:
     """A head's product as it is computed, with the weight cast once: hidden (n, d) -> (n, V), never in bfloat16."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype):
+    def __init__(self, weight: Tensor, dtype: torch.dtype, few_rows: bool = False):
+        """few_rows: it is called again and again, for one token of each answer."""
         self._dtype = dtype
         self._weight = weight.to(dtype)  # (V, d)
         # Torch's kernels for CPUs would round the sums; in float32 products of bfloat16 numbers are exact.
         self._widened = dtype == torch.bfloat16 and weight.device.type == "cpu"
         if self._widened:
             self._weight = self._weight.float()
+        self._packed = pack(self._weight) if few_rows else None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         hidden = hidden.to(self._dtype)
@@ -34,6 +38,8 @@ class Logits:
             hidden = hidden.float()
         elif self._dtype == torch.bfloat16:
             return torch.mm(hidden, self._weight.T, out_dtype=torch.float32)
+        if self._packed is not None:
+            return product(hidden, self._packed)
         with torch.autocast(hidden.device.type, enabled=False):
             return linear(hidden, self._weight)
 
@@ -45,8 +51,8 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def distribution(head: Callable[[Tensor], Tensor], hidden: Tensor, temperature: float | None, banned: Tensor) -> Tensor:
-    """Log-probs over the vocabulary, (n, V): of hidden (n, d) at the temperature, None meaning 1."""
-    return _log_softmax(head(hidden), temperature or 1.0, banned)
+    """Probabilities over the vocabulary, (n, V): of hidden (n, d) at the temperature, None meaning 1."""
+    return _tempered(head(hidden), temperature or 1.0, banned).softmax(-1)
 
 
 def token_log_probs(head: nn.Linear, hidden: Tensor, tokens: Tensor, temperature: float, banned: Tensor,
@@ -59,9 +65,8 @@ def token_log_probs(head: nn.Linear, hidden: Tensor, tokens: Tensor, temperature
     return _TokenLogProbs.apply(hidden, head.weight, tokens, temperature, banned, with_entropy, rows)
 
 
-def _log_softmax(logits: Tensor, temperature: float, banned: Tensor) -> Tensor:
-    logits = logits.float() / temperature
-    return logits.index_fill_(-1, banned, -torch.inf).log_softmax(-1)
+def _tempered(logits: Tensor, temperature: float, banned: Tensor) -> Tensor:
+    return (logits.float() / temperature).index_fill_(-1, banned, -torch.inf)
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -77,7 +82,7 @@ class _TokenLogProbs(torch.autograd.Function):
         whole = len(tokens) <= rows and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         head = Logits(weight, ctx.dtype)
         for chunk in _chunks(len(tokens), rows):
-            log_probs = _log_softmax(head(hidden[chunk]), temperature, banned)  # (rows, V)
+            log_probs = _tempered(head(hidden[chunk]), temperature, banned).log_softmax(-1)  # (rows, V)
             taken[chunk] = log_probs.gather(1, tokens[chunk, None])[:, 0]
             probabilities = log_probs.exp() if with_entropy or whole else None
             if with_entropy:  # p log p, 0 where p is: the products of 0 and -inf are NaN, and left out
@@ -102,7 +107,7 @@ class _TokenLogProbs(torch.autograd.Function):
             own = hidden[chunk].to(ctx.dtype)
             logits_grad = ctx.probabilities
             if logits_grad is None:
-                logits_grad = _log_softmax(head(own), ctx.temperature, banned).exp_()  # (rows, V)
+                logits_grad = _tempered(head(own), ctx.temperature, banned).softmax(-1)  # (rows, V)
             if entropy_grad is not None:
                 widening = torch.xlogy(logits_grad, logits_grad).add_(logits_grad * entropy[chunk, None])
                 widening.mul_(-entropy_grad[chunk, None] / ctx.temperature)

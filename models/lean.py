@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu, softplus
 
 from models.lora import can_merge, merged_weight
+from models.packing import pack, product
 from models.rotation import turn
 from models.shared_prefix import Layout
 
@@ -32,9 +33,10 @@ class LeanDecoder:
         self._norm = _Norm(language_model.norm, wide)
         self._rotation = language_model.rotary_emb
         own = {weight.untyped_storage().data_ptr() for weight in language_model.parameters()}
-        weights = [product.weight for layer in self.layers for product in layer.products]
-        self.copied = sum(weight.nbytes for weight in weights  # bytes that are not the model's own
-                          if weight.untyped_storage().data_ptr() not in own)
+        products = [product for layer in self.layers for product in layer.products]
+        self.copied = sum(each.weight.nbytes for each in products  # bytes that are not the model's own
+                          if each.weight.untyped_storage().data_ptr() not in own)
+        self.copied += sum(each.packed.nbytes for each in products if each.packed is not None)
 
     def __call__(self, hidden: Tensor, positions: Tensor, layout: Any) -> Tensor:
         """Run hidden (B, L, d) at positions ([axes,] B, L) through the layers."""
@@ -104,7 +106,7 @@ class _Layer:
         self._out = _Product([layer.self_attn.o_proj if attends else layer.linear_attn.out_proj], dtype)
         self._norm, self._mlp_norm = (_Norm(norm, wide) for norm in
                                       (layer.input_layernorm, layer.post_attention_layernorm))
-        self._gate_up = _Product([layer.mlp.gate_proj, layer.mlp.up_proj], dtype)
+        self._gate_up = _Wide([layer.mlp.gate_proj, layer.mlp.up_proj], dtype)
         self._down, self._activation = _Product([layer.mlp.down_proj], dtype), layer.mlp.act_fn
         self.products = [self._mix, self._out, self._gate_up, self._down]
 
@@ -123,11 +125,13 @@ class _Layer:
         """What comes behind the token mixer."""
         hidden = self._out.added(hidden, mixed)
         gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, -1)
-        return self._down.added(hidden, self._activation(gate) * up)
+        return self._down.added(hidden, self._activation(gate).mul_(up))
 
 
 class _Product:
     """Linear layers that read the same input, as one: their outputs side by side."""
+
+    packed: Tensor | None = None
 
     def __init__(self, linears: Sequence[nn.Module], dtype: torch.dtype):
         self._lay([merged_weight(each) for each in linears], dtype)
@@ -146,6 +150,19 @@ class _Product:
         if self._bias is not None or hidden.dtype != self._dtype:
             return hidden + self(inputs)
         return torch.addmm(hidden.flatten(0, 1), inputs.flatten(0, 1), self.weight.T).view(hidden.shape)
+
+
+class _Wide(_Product):
+    """A product wide enough that on a CPU it is packed for the tokens of answers."""
+
+    def __init__(self, linears: Sequence[nn.Module], dtype: torch.dtype):
+        super().__init__(linears, dtype)
+        self.packed = pack(self.weight)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        if self.packed is None or inputs.shape[1] > 1:  # of a prompt
+            return super().__call__(inputs)
+        return product(inputs.to(self._dtype), self.packed, self._bias)
 
 
 def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:

@@ -227,7 +227,8 @@ class Policy:
         group_size, length = len(uniforms) // len(prompts), uniforms.shape[1]
         prefix = self._embed(prompts, features)
         dtype = compute_dtype(prefix.inputs)
-        drawing = Drawing(Logits(self._head.weight, dtype), uniforms, temperature, self._banned, self.stop_ids)
+        head = Logits(self._head.weight, dtype, few_rows=not self.exact_path)
+        drawing = Drawing(head, uniforms, temperature, self._banned, self.stop_ids)
         if self.exact_path:
             writer = self._begin_plain(prefix, features, group_size)
             return write(writer, drawing, self._embed_ids, len(prompts), length, steady=False)

@@ -45,14 +45,14 @@ class Drawing:
 
     def draw(self, hidden: Tensor) -> None:
         """Draw the token that hidden (n, d) predicts, in every row."""
-        log_probs = distribution(self._head, hidden, self._temperature, self._banned)  # (n, V)
+        probabilities = distribution(self._head, hidden, self._temperature, self._banned)  # (n, V)
         if self._temperature:
-            token = inverse_cdf(log_probs, self._uniforms.index_select(0, self._places)[:, None])
+            token = inverse_cdf(probabilities, self._uniforms.index_select(0, self._places)[:, None])
         else:
-            token = log_probs.argmax(-1, keepdim=True)  # (n, 1)
+            token = probabilities.argmax(-1, keepdim=True)  # (n, 1)
         self.token.copy_(token)
         self._completions.view(-1).index_copy_(0, self._places, token[:, 0])
-        self._log_probs.view(-1).index_copy_(0, self._places, log_probs.gather(1, token)[:, 0])
+        self._log_probs.view(-1).index_copy_(0, self._places, probabilities.gather(1, token)[:, 0].log())
         self.finished.logical_or_((token == self._stop_ids).any(-1))
         self._places.add_(1)
 
@@ -147,9 +147,10 @@ def write(writer: PackedWriter | PlainWriter, drawing: Drawing, embed: Callable[
     return drawing.generation()
 
 
-def inverse_cdf(log_probs: Tensor, uniform: Tensor) -> Tensor:
+def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Draw one token a row: the first whose cumulative probability exceeds the uniform number; (n, 1)."""
-    cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     # Scaled by the total, the target stays below it, so a token of probability 0 is never the first above.
     # The clamp only meets rows of NaN: those are reported by the caller, not crashed on.
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=log_probs.shape[-1] - 1)
+    found = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return found.clamp(max=probabilities.shape[-1] - 1)

@@ -16,6 +16,10 @@ def make_head(tokens=11, width=6, dtype=torch.float64):
     return nn.Linear(width, tokens, bias=False, dtype=dtype)
 
 
+def plain_log_probs(head, hidden, temperature, banned):
+    return (head(hidden) / temperature).index_fill(-1, banned, -torch.inf).log_softmax(-1)
+
+
 def by_hand_head():
     """Two tokens with logits 0 and log 3 for hidden state 1: probabilities 1/4 and 3/4."""
     head = nn.Linear(1, 2, bias=False, dtype=torch.float64)
@@ -41,7 +45,8 @@ def test_temperature_and_banned_ids_by_hand():
     assert log_probs.item() == pytest.approx(math.log(1 / 4))
     log_probs, entropy = token_log_probs(by_hand_head(), hidden, torch.tensor([0]), 2.0, torch.tensor([1]))
     assert log_probs.item() == entropy.item() == 0
-    assert distribution(by_hand_head(), hidden, 2.0, torch.tensor([1])).tolist() == [[0, -math.inf]]
+    assert distribution(by_hand_head(), hidden, 2.0, NONE)[0].tolist() == pytest.approx([1 / 4, 3 / 4])
+    assert distribution(by_hand_head(), hidden, 2.0, torch.tensor([1])).tolist() == [[1, 0]]
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 100])
@@ -49,7 +54,7 @@ def test_chunks_give_what_plain_log_softmax_gives(rows):
     head, banned = make_head(), torch.tensor([2, 5])
     hidden = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     tokens, weights = torch.tensor([0, 1, 3, 4, 6, 10, 9]), torch.randn(7, dtype=torch.float64)
-    plain = distribution(head, hidden, 0.7, banned)
+    plain = plain_log_probs(head, hidden, 0.7, banned)
     wanted = torch.autograd.grad((plain.gather(1, tokens[:, None])[:, 0] * weights).sum(), (hidden, head.weight))
     log_probs, entropy = token_log_probs(head, hidden, tokens, 0.7, banned, chunk_numbers=rows * 11)
     without, nothing = token_log_probs(head, hidden, tokens, 0.7, banned, with_entropy=False, chunk_numbers=rows * 11)
@@ -67,7 +72,7 @@ def test_the_gradient_of_the_entropy_is_the_plain_one(rows, both):
     head, banned = make_head(), torch.tensor([2, 5])
     hidden = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     tokens, weights = torch.tensor([0, 1, 3, 4, 6, 10, 9]), torch.randn(2, 7, dtype=torch.float64)
-    plain = distribution(head, hidden, 0.7, banned).index_fill(1, banned, 0.0)  # these have p 0, not e ** 0
+    plain = plain_log_probs(head, hidden, 0.7, banned).index_fill(1, banned, 0.0)  # these have p 0, not e ** 0
     plain_entropy = -(plain * plain.exp()).sum(1)
     log_probs, entropy = token_log_probs(head, hidden, tokens, 0.7, banned, chunk_numbers=rows * 11)
     sums = [(entropies * weights[1]).sum() + both * (taken.double() * weights[0]).sum() for taken, entropies in
@@ -142,7 +147,29 @@ def test_bfloat16_logits_are_not_rounded():
         scored, _ = token_log_probs(head, hidden, tokens, 1.0, NONE)
         drawn = distribution(Logits(head.weight, torch.bfloat16), hidden, 1.0, NONE)
     assert (scored - exact).abs().max() < 1e-4
-    assert (drawn - logits.log_softmax(1)).abs().max() < 1e-3
+    assert (drawn.log() - logits.log_softmax(1)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_head_called_again_and_again_gives_what_a_plain_product_gives(dtype):
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(9001, 128), torch.randn(12, 128)
+    packed = Logits(weight, dtype, few_rows=True)
+    assert packed._packed is not None and Logits(weight, dtype)._packed is None
+    wanted = hidden.to(dtype).double() @ weight.to(dtype).double().T
+    for rows in (12, 5, 1, 40):  # as answers are finished
+        given = hidden.repeat(4, 1)[:rows]
+        with torch.inference_mode():
+            found = packed(given)
+        assert found.dtype == torch.float32 and (found - wanted.repeat(4, 1)[:rows]).abs().max() < 1e-4
+        assert (Logits(weight, dtype)(given) - found).abs().max() < 1e-4
+
+
+def test_a_head_that_gains_nothing_is_not_packed(monkeypatch):
+    assert Logits(torch.randn(100, 128), torch.float32, few_rows=True)._packed is None
+    assert Logits(torch.randn(9001, 128, dtype=torch.float64), torch.float64, few_rows=True)._packed is None
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert Logits(torch.randn(9001, 128), torch.float32, few_rows=True)._packed is None
 
 
 def test_a_gpu_is_asked_for_float32_sums():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from models import lean, lora
+from models import lean, lora, packing
 from models.policy import Policy
 from rounding import float64
 from tiny import adapted, qwen_image_processor, qwen_model, qwen_tokenizer, sample, three_prompts
@@ -37,7 +37,23 @@ def test_every_family_is_known(policy):
     assert lean._is_known(policy._language_model) and lean._is_known(adapted(policy)._language_model)
 
 
-def test_copies_of_weights_are_counted_by_hand():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_write_the_same_answers(policy, dtype, monkeypatch):
+    """Large ones are packed on a CPU; here all but none are."""
+    policy = Policy(policy.model, policy.tokenizer, policy.image_processor, dtype)
+    prompts = three_prompts(policy)
+    plain = sample(policy, prompts)
+    packs = []
+    monkeypatch.setattr(packing, "_FROM", 1)
+    monkeypatch.setattr(lean, "product", lambda *parts: packs.append(1) or packing.product(*parts))
+    packed = sample(policy, prompts)
+    assert bool(packs) == (dtype == torch.float32)  # those of bfloat16 are torch's own
+    alike = (plain.completions == packed.completions) | ~plain.action_mask
+    assert alike.all() and torch.equal(plain.action_mask, packed.action_mask)
+    assert (plain.old_log_probs - packed.old_log_probs).abs().max() < 1e-5
+
+
+def test_copies_of_weights_are_counted_by_hand(monkeypatch):
     tokenizer = qwen_tokenizer()
     policy = Policy(qwen_model("qwen2_5_vl", tokenizer), tokenizer, qwen_image_processor())
     # 3 layers; queries, keys and values of 32 + 16 + 16 x 32, gate and up of 2 x 48 x 32: what lies side by side. In
@@ -48,6 +64,9 @@ def test_copies_of_weights_are_counted_by_hand():
             assert decoder.copied == numbers * size
     with lean.lean(adapted(policy)._language_model, torch.float32, torch.float32) as decoder:
         assert decoder.copied == (side_by_side + single) * 4
+    monkeypatch.setattr(packing, "_FROM", 1)  # gate and up once more, in another layout
+    with lean.lean(policy.without_adapter()._language_model, torch.float32, torch.float32) as decoder:
+        assert decoder.copied == (side_by_side + single + 3 * 2 * 48 * 32) * 4
 
 
 def test_a_merged_weight_by_hand():

@@ -115,13 +115,13 @@ def test_photo_markers_are_never_sampled(policy):
 
 
 def test_sampling_follows_the_distribution():
-    log_probs = torch.tensor([[0.5, 0.0, 0.3, 0.2]]).log().expand(20000, 4)
-    drawn = inverse_cdf(log_probs, torch.rand(20000, 1, dtype=torch.float64,
+    probabilities = torch.tensor([[0.5, 0.0, 0.3, 0.2]]).expand(20000, 4)
+    drawn = inverse_cdf(probabilities, torch.rand(20000, 1, dtype=torch.float64,
                                                generator=torch.Generator().manual_seed(0)))
     shares = torch.bincount(drawn[:, 0], minlength=4) / 20000
     assert shares[1] == 0
     assert torch.allclose(shares, torch.tensor([0.5, 0.0, 0.3, 0.2]), atol=0.015)
-    edges = inverse_cdf(log_probs[:2], torch.tensor([[0.0], [1 - 1e-16]], dtype=torch.float64))
+    edges = inverse_cdf(probabilities[:2], torch.tensor([[0.0], [1 - 1e-16]], dtype=torch.float64))
     assert edges[:, 0].tolist() == [0, 3]
 
 
