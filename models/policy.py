@@ -102,9 +102,7 @@ class Policy:
         self.exact_path = exact_path
         if not exact_path:
             shared_prefix.install(self._language_model)
-        self._checkpointed = repeated_layers(model) if gradient_checkpointing else []
-        for layer in self._checkpointed:
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        self._checkpointed = _checkpointable(model) if gradient_checkpointing else []
         self._banned = torch.tensor(self.family.never_sampled(model, tokenizer), device=self.device)
         self.stop_ids = torch.tensor(stop_token_ids(model, tokenizer), device=self.device)
         self.adapter: Any = None  # peft's wrapper around the model, when low-rank adapters are in it
@@ -116,6 +114,12 @@ class Policy:
     def rounds(self) -> bool:
         """Whether products of matrices are rounded more coarsely than float32 is: in bfloat16, or in a GPU's TF32."""
         return self.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+
+    def checkpointing(self) -> "Policy":
+        """The same policy, its layers checkpointed in every pass with gradient."""
+        other = copy.copy(self)
+        other._checkpointed = _checkpointable(self.model)
+        return other
 
     def add_adapter(self, rank: int, alpha: int | None, base_path: str) -> None:
         """Put a new adapter on every linear layer of the language model; alpha None: 2 * rank."""
@@ -384,6 +388,14 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _checkpointable(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model, told how to be checkpointed when they are told to be."""
+    layers = repeated_layers(model)
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    return layers
 
 
 def load_policy(model_path: str, options: TrainOptions, device: str, trust_remote_code: bool,

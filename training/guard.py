@@ -4,8 +4,8 @@ Two prompts of unequal length, the longer with photos where the sheet has any, a
 padded, and the longer alone. Behind the rounding of bfloat16 or TF32 most faults would hide, so there the policy is
 compared in float32 first, where that fits; then everything as it trains, within what the slow path itself rounds.
 
-Weights that are split are gathered a layer at a time, also while answers are written, so that less memory is needed
-than in training.
+Weights that are split are gathered a layer at a time, also while answers are written, and their layers checkpointed, so
+that less memory is needed than in training.
 """
 
 import copy
@@ -90,6 +90,8 @@ def check_fast_path(policy: Policy, reference: Policy | None, shares_vision: boo
     training does.
     """
     begin = time.perf_counter()
+    if is_split(policy):
+        policy = policy.checkpointing()
     prompts = choose_prompts(encoder, products)
     if not all(processes.gather(bool(prompts))):  # what is split computes in all processes or in none
         logger.warning("the fast path is not checked: not every process can open a product")

@@ -14,6 +14,10 @@ from tiny import adapted, sample, three_prompts
 def gradients(policy, prompts, generation, exact_path, checkpointing):
     """Log-probs, the gradient of their weighted sum at every trainable weight, and how many numbers autograd held."""
     policy = Policy(policy.model, policy.tokenizer, policy.image_processor, gradient_checkpointing=checkpointing)
+    return gradients_of(policy, prompts, generation, exact_path)
+
+
+def gradients_of(policy, prompts, generation, exact_path):
     parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     held = []
 
@@ -64,6 +68,9 @@ def test_checkpointing_holds_less_and_gives_the_same(policy, exact_path):
     assert torch.equal(with_all, with_less)
     assert all(torch.equal(one, other) for one, other in zip(grad, other_grad, strict=True) if one is not None)
     assert little < 0.6 * much
+    plain = Policy(policy.model, policy.tokenizer, policy.image_processor)
+    assert gradients_of(plain.checkpointing(), prompts, generation, exact_path)[2] == little
+    assert gradients_of(plain, prompts, generation, exact_path)[2] == much  # as it was
     assert not any(layer.training for layer in policy.model.modules())
 
 

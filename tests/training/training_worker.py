@@ -38,6 +38,7 @@ from models.policy import Policy, repeated_layers  # noqa: E402
 from models.sharding import whole  # noqa: E402
 from rounding import float64  # noqa: E402
 from runs import train_options  # noqa: E402
+from training import guard  # noqa: E402
 
 LEARNING = {"scale_advantages": "batch", "entropy_weight": 0.01, "ref_sync_every": 1, "ref_sync_mix": 0.6}
 SUPERVISED = {"sft_steps": 1, "sft_lr": 2e-4, "sft_weight": 0.5, "scale_rewards_each": True,
@@ -224,7 +225,10 @@ def guard_what_is_split(folder):
             assert "updated log-probs" in str(problem), problem
             print(f"{dtype}: a fault is caught", flush=True)
         shared_prefix.lay_out_groups = good
-        training.prepare(options, training.join("cpu"))
+        with mock.patch.object(guard, "outcome_of", wraps=guard.outcome_of) as passes:
+            training.prepare(options, training.join("cpu"))
+        # The policy's, so that no more than a layer's activations are held.
+        assert any(call.args[0]._checkpointed for call in passes.call_args_list)
 
 
 def local(value):
