@@ -3,6 +3,7 @@
     python tests/training/kill_at_random.py --kills 20                   # one process; some ten seconds a kill
     python tests/training/kill_at_random.py --kills 20 --processes 2     # two under torchrun: all of the tree is
                                                                          # killed, or every third time one alone
+    python tests/training/kill_at_random.py --kills 20 --sft_steps 12    # the first half of the steps from labels
 
 Each time a fresh run of the tiny shop is killed with SIGKILL at a moment between its first rollout and its end, then
 resumed with --resume auto until it is done. Saving takes a large share of such a small run's time, so many moments lie
@@ -98,10 +99,10 @@ def run_to_the_end(options, processes, log):
     return time.monotonic() - begin, Path(options.output_dir) / f"step_{STEPS:06d}"
 
 
-def kill_a_run(shop, folder, processes, delay, one_only=False, words="pre-flight:", steps=STEPS):
+def kill_a_run(shop, folder, processes, delay, one_only=False, words="pre-flight:", steps=STEPS, **changes):
     """Kill a fresh run some seconds after it said the words, those of its first rollout; returns where it was, and the
     options that resume it."""
-    options = settings(shop, folder, processes, steps)
+    options = settings(shop, folder, processes, steps, **changes)
     log = folder / "killed.log"
     process = start(options, processes, log)
     wait_for(log, words, process)
@@ -114,12 +115,12 @@ def kill_a_run(shop, folder, processes, delay, one_only=False, words="pre-flight
     return place, options
 
 
-def settings(shop, folder, processes, steps=STEPS):
-    """Options of a run of a few seconds that saves at every other step."""
+def settings(shop, folder, processes, steps=STEPS, **changes):
+    """Options of a run of a few seconds that saves at every other step. changes: further ones."""
     folder.mkdir(parents=True, exist_ok=True)
     return train_options(shop, folder, max_steps=steps, batch_size=4 // processes, save_every=2, keep_last=2,
                          eval_every=0, lr_scheduler="linear", min_lr_ratio=0.1, kl_weight=0.1,
-                         num_threads=int(os.environ["OMP_NUM_THREADS"]))  # other threads round otherwise
+                         num_threads=int(os.environ["OMP_NUM_THREADS"]), **changes)  # other threads round otherwise
 
 
 def main():
@@ -127,6 +128,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--sft_steps", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
@@ -137,13 +139,13 @@ def main():
         processor = MiniCPMV4_6ImageProcessorPil(max_slice_nums=4, scale_resolution=64, patch_size=16,
                                                  downsample_mode="4x", use_image_id=True)
         shop = write_shop(folder, demo.make_tokenizer(seed=0), processor)
-        seconds, wanted = run_to_the_end(settings(shop, folder / "whole", given.processes), given.processes,
-                                         folder / "whole.log")
+        whole = settings(shop, folder / "whole", given.processes, sft_steps=given.sft_steps)
+        seconds, wanted = run_to_the_end(whole, given.processes, folder / "whole.log")
         for number in range(given.kills):
             delay = moments.uniform(0, 0.9 * seconds)  # its end is leaving, not training
             one_only = given.processes > 1 and number % 3 == 2
             killed = folder / f"kill_{number}"
-            place, options = kill_a_run(shop, killed, given.processes, delay, one_only)
+            place, options = kill_a_run(shop, killed, given.processes, delay, one_only, sft_steps=given.sft_steps)
             equal = same(wanted, run_to_the_end(options, given.processes, killed / "resumed.log")[1])
             different += not equal
             print(f"{number + 1}: killed{' one process' if one_only else ''} {delay:.2f} s in, {place}: "
