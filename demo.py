@@ -185,6 +185,9 @@ def warm_up(policy: Policy, options: DemoOptions) -> float:
     for _ in range(ROUNDS):
         if loss > SEEN:
             loss = imitate(policy, prompts, labels, MORE_STEPS, MORE_LR, rng)
+    if loss > SEEN:
+        logger.warning(f"the model hardly sees yet: its loss on right sizes is {loss:.2f} still, not {SEEN}, so that "
+                       "training will gain little; take another --seed")
     imitate(policy, prompts, [miscounted(product, rng) for product in products], ANSWERING_STEPS, ANSWERING_LR, rng)
     probe = [draw_product(rng) for _ in range(96)]
     return sampled_reward(policy, probe, [encode(policy, product, rng) for product in probe], f"{options.seed}/probe")

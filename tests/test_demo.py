@@ -29,8 +29,8 @@ def test_perfect_imitation_earns_what_is_said():
 
 
 @pytest.mark.parametrize(("losses", "rounds"), [([0.05], 0), ([0.3, 0.09, 0.07], 2), ([0.3] * 6, 5)])
-def test_the_warm_up_goes_on_until_the_model_sees(losses, rounds, monkeypatch):
-    """As many steps more as it takes, or five times; then the habit, whatever came of it."""
+def test_the_warm_up_goes_on_until_the_model_sees(losses, rounds, monkeypatch, said):
+    """As many steps more as it takes, or five times, which is said; then the habit, whatever came of it."""
     done, coming = [], iter([*losses, 0.4])
     monkeypatch.setattr(demo, "LESSONS", 2)
     monkeypatch.setattr(demo, "encode", lambda *_: None)
@@ -39,6 +39,7 @@ def test_the_warm_up_goes_on_until_the_model_sees(losses, rounds, monkeypatch):
                         next(coming))
     assert demo.warm_up(None, DemoOptions(warm_up_steps=300)) == 0.7
     assert done == [(300, 5e-3), *[(100, 3e-3)] * rounds, (80, 2e-3)]
+    assert ("hardly sees yet: its loss on right sizes is 0.30" in "".join(said)) == (losses[-1] > 0.08)
 
 
 def test_seconds_of_a_command_are_printed_and_its_status_kept(monkeypatch, capfd):
