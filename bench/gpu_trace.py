@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import count
 from ground.errors import OptionError
-from models.policy import Policy, repeated_layers
+from models.checkpointing import repeated_layers
+from models.policy import Policy
 
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 # Dense bfloat16, 10^12 operations a second, as their makers give it; the first name that is found counts.

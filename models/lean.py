@@ -33,7 +33,7 @@ class LeanDecoder:
         self._norm = _Norm(language_model.norm, wide)
         self._rotation = language_model.rotary_emb
         own = {weight.untyped_storage().data_ptr() for weight in language_model.parameters()}
-        products = [product for layer in self.layers for product in layer.products]
+        products = [each for layer in self.layers for each in layer.products]
         self.copied = sum(each.weight.nbytes for each in products  # bytes that are not the model's own
                           if each.weight.untyped_storage().data_ptr() not in own)
         self.copied += sum(each.packed.nbytes for each in products if each.packed is not None)

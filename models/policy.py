@@ -9,17 +9,16 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from config import TrainOptions
 from models import lora, shared_prefix
+from models.checkpointing import checkpointed, repeated_layers
 from models.decoding import PackedWriter, PlainWriter, room_for
 from models.family import ModelError, Prompt, PromptParts, device_of
 from models.head import Logits, compute_dtype, token_log_probs
@@ -102,7 +101,7 @@ class Policy:
         self.exact_path = exact_path
         if not exact_path:
             shared_prefix.install(self._language_model)
-        self._checkpointed = _checkpointable(model) if gradient_checkpointing else []
+        self.gradient_checkpointing = gradient_checkpointing
         self._banned = torch.tensor(self.family.never_sampled(model, tokenizer), device=self.device)
         self.stop_ids = torch.tensor(stop_token_ids(model, tokenizer), device=self.device)
         self.adapter: Any = None  # peft's wrapper around the model, when low-rank adapters are in it
@@ -114,12 +113,6 @@ class Policy:
     def rounds(self) -> bool:
         """Whether products of matrices are rounded more coarsely than float32 is: in bfloat16, or in a GPU's TF32."""
         return self.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
-
-    def checkpointing(self) -> "Policy":
-        """The same policy, its layers checkpointed in every pass with gradient."""
-        other = copy.copy(self)
-        other._checkpointed = _checkpointable(self.model)
-        return other
 
     def add_adapter(self, rank: int, alpha: int | None, base_path: str) -> None:
         """Put a new adapter on every linear layer of the language model; alpha None: 2 * rank."""
@@ -279,7 +272,8 @@ class Policy:
         leaves the entropy 0.
         """
         rows = self._plain_rows if (self.exact_path if exact_path is None else exact_path) else self._shared_rows
-        with self.computing(), self._checkpointing():
+        layers = repeated_layers(self.model) if self.gradient_checkpointing else []
+        with self.computing(), checkpointed(layers):
             return self.root(self._log_probs, rows, prompts, completions, action_mask, temperature, features,
                              with_entropy)
 
@@ -363,39 +357,10 @@ class Policy:
         return self._language_model(inputs_embeds=rows.inputs, attention_mask=mask, position_ids=rows.positions,
                                     use_cache=use_cache, **arguments)
 
-    @contextmanager
-    def _checkpointing(self) -> Iterator[None]:
-        """Let the layers drop what they computed and compute it again in the backward pass, if asked for.
-
-        Transformers' layers do so in training mode only. The layers alone get it, not what is inside: no dropout.
-        """
-        for layer in self._checkpointed:
-            layer.gradient_checkpointing = layer.training = torch.is_grad_enabled()
-        try:
-            yield
-        finally:
-            for layer in self._checkpointed:
-                layer.gradient_checkpointing = layer.training = False
-
     def answers(self, completions: Tensor, action_mask: Tensor) -> list[str]:
         """Decode answers for people and for the reward; the ids themselves are never made from these strings."""
         return [self.tokenizer.decode(row[mask], skip_special_tokens=True)
                 for row, mask in zip(completions.cpu(), action_mask.cpu(), strict=True)]
-
-
-def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that transformers stacks, of language and vision: what is checkpointed and sharded one by one."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def _checkpointable(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model, told how to be checkpointed when they are told to be."""
-    layers = repeated_layers(model)
-    for layer in layers:
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-    return layers
 
 
 def load_policy(model_path: str, options: TrainOptions, device: str, trust_remote_code: bool,

@@ -18,9 +18,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 
+from models.checkpointing import repeated_layers
 from models.family import ModelError
 from models.lora import part_of
-from models.policy import Policy, Root, repeated_layers
+from models.policy import Policy, Root
 from models.weights import own_rows
 
 

@@ -91,7 +91,8 @@ def check_fast_path(policy: Policy, reference: Policy | None, shares_vision: boo
     """
     begin = time.perf_counter()
     if is_split(policy):
-        policy = policy.checkpointing()
+        policy = copy.copy(policy)
+        policy.gradient_checkpointing = True
     prompts = choose_prompts(encoder, products)
     if not all(processes.gather(bool(prompts))):  # what is split computes in all processes or in none
         logger.warning("the fast path is not checked: not every process can open a product")

@@ -11,8 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 
 import train_vlm_parallel as training
 import update
+from models.checkpointing import repeated_layers
 from models.family import ModelError
-from models.policy import Policy, repeated_layers
+from models.policy import Policy
 from runs import train_options
 
 # Where it is planted: in which part of the loop, what is then said, and in which of the policy's passes.

@@ -33,8 +33,9 @@ import update  # noqa: E402
 from config import TrainOptions  # noqa: E402
 from ground.options import parse_options  # noqa: E402
 from models import shared_prefix  # noqa: E402
+from models.checkpointing import repeated_layers  # noqa: E402
 from models.family import ModelError  # noqa: E402
-from models.policy import Policy, repeated_layers  # noqa: E402
+from models.policy import Policy  # noqa: E402
 from models.sharding import whole  # noqa: E402
 from rounding import float64  # noqa: E402
 from runs import train_options  # noqa: E402
@@ -228,7 +229,7 @@ def guard_what_is_split(folder):
         with mock.patch.object(guard, "outcome_of", wraps=guard.outcome_of) as passes:
             training.prepare(options, training.join("cpu"))
         # The policy's, so that no more than a layer's activations are held.
-        assert any(call.args[0]._checkpointed for call in passes.call_args_list)
+        assert any(call.args[0].gradient_checkpointing for call in passes.call_args_list)
 
 
 def local(value):
